@@ -1,0 +1,1 @@
+"""Data only: recipes in YAML, each opening with a lab note."""

@@ -1,0 +1,132 @@
+"""What crosses a border: what a plug-in must offer, and the values that pass between the engine and the rooms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from ssld.data.samples import Samples
+    from ssld.data.transforms import Pipeline
+    from ssld.journal import Journal
+    from ssld.settings import StageSettings
+
+Arrays = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class TeacherSpec:
+    """What a teacher eats and what it answers; the engine renders every image to this.
+
+    size: side of the square input in pixels.
+    fingerprint: a hash of the weights, so that the same name with other weights is another teacher.
+    classes: the class names in the order of its logits, or None where it does not know them.
+    resize_short: shorter side in pixels before the center crop; None for size * 256 / 224, as PaddleClas does.
+    mean, std: per channel (R, G, B), for pixels in [0, 1]; both None for a teacher that wants the pixels as they are.
+    """
+
+    size: int
+    fingerprint: str
+    classes: tuple[str, ...] | None = None
+    resize_short: int | None = None
+    mean: tuple[float, float, float] | None = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] | None = (0.229, 0.224, 0.225)
+
+
+@runtime_checkable
+class Teacher(Protocol):
+    """A frozen classifier. It needs no paddle: an HTTP service or another framework fits as well."""
+
+    spec: TeacherSpec
+
+    def predict(self, images: np.ndarray) -> np.ndarray:
+        """Logits, float32 [B, classes].
+
+        images: float32 [B, 3, size, size], normalized by the spec's mean and std; or, where the spec has none,
+        uint8 [B, size, size, 3] in [0, 255], RGB.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Model:
+    """A network with all that is needed to use it: kept with its weights in every checkpoint.
+
+    network: entry-point name in `ssld.students`; options: its keyword arguments; classes: names in logit order;
+    pipeline: how an image is prepared for it at test time (its size, operators, mean and std).
+    """
+
+    network: str
+    options: Mapping[str, Any]
+    classes: tuple[str, ...]
+    pipeline: Pipeline
+
+
+@dataclass(frozen=True)
+class State:
+    """Everything that a stage needs to go on: what `save` is given, and what a resumed task holds.
+
+    weights: the student, batch-norm statistics included; optimizer: by the name of the parameter it belongs to;
+    facts: small JSON values of the stage's own (best score, seconds spent, …).
+    """
+
+    step: int
+    weights: Arrays
+    optimizer: Arrays = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a finished stage gives back: its last state, the model that the weights belong to, and its metrics."""
+
+    state: State
+    model: Model
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One stage's work: resolved settings and inputs as values. A stage opens no file of the run itself.
+
+    settings: resolved, an instance of the kind's own model; seed: already mixed with the stage's name.
+    data: what the stage trains on; validation: what every evaluation uses; test: touched once, at the end.
+    classes: names in logit order; train, evaluate: the pipelines at this stage's resolution.
+    initial: the model and weights that `from` names, else None; teacher: checked, else None.
+    resume: where a stopped run of this same stage was, else None.
+    save(state, keep): commits a checkpoint; keep names what it is beside the latest ("best", "epoch"), or is empty.
+    stop(): the number of the signal that asks the run to end, or None; asked after every step.
+    """
+
+    name: str
+    settings: StageSettings
+    seed: int
+    device: str
+    data: Samples
+    validation: Samples
+    test: Samples | None
+    classes: tuple[str, ...]
+    train: Pipeline
+    evaluate: Pipeline
+    initial: tuple[Model, Arrays] | None
+    teacher: Teacher | None
+    resume: State | None
+    save: Callable[[State, tuple[str, ...]], None]
+    stop: Callable[[], int | None]
+    journal: Journal
+
+
+@dataclass(frozen=True)
+class StageKind:
+    """What an entry point in `ssld.stages` names: the settings a recipe may give, and the work.
+
+    The module that holds it must be readable without paddle, so that `ssld plan` and editors need only the settings;
+    `run` imports what it needs. revision goes up whenever the same settings would give other weights.
+    """
+
+    settings: type[StageSettings]
+    run: Callable[[Task], Outcome]
+    revision: int = 1

@@ -1,0 +1,1 @@
+"""Images in: sources, their index, the order of samples, decoding and views. No paddle here."""

@@ -1,0 +1,161 @@
+"""What a recipe may say of a stage: the keys that all kinds, and all kinds that train, have in common."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+
+class Frozen(BaseModel):
+    """A value from a recipe: unknown keys are refused, nothing changes after reading."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, use_attribute_docstrings=True)
+
+
+class Named(Frozen):
+    """A plug-in with arguments of its own: `NAME`, or `{network: NAME, key: value, …}`."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    name: str
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The keyword arguments for the plug-in."""
+        return dict(self.model_extra or {})
+
+
+def _network(value: object) -> object:
+    if isinstance(value, str):
+        return {"name": value}
+    if isinstance(value, dict) and isinstance(value.get("network"), str) and "name" not in value:
+        return {"name": value["network"], **{key: item for key, item in value.items() if key != "network"}}
+    return value
+
+
+def _loss(value: object) -> object:
+    if isinstance(value, str):
+        return {"name": value}
+    if isinstance(value, dict) and len(value) == 1 and "name" not in value:
+        name, options = next(iter(value.items()))
+        return {"name": name, **(options or {})} if isinstance(options, dict | None) else value
+    return value
+
+
+NetworkSetting = Annotated[Named, BeforeValidator(_network)]
+LossSetting = Annotated[Named, BeforeValidator(_loss)]
+
+
+class TeacherSetting(Frozen):
+    """One of `{stage: NAME}`, `{network: NAME, weights: FILE}` or `{plugin: NAME, …its own keys}`."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    stage: str | None = None
+    """An earlier stage of this run; its last weights teach."""
+    network: str | None = None
+    """A network by name, with `weights`, a .safetensors file."""
+    plugin: str | None = None
+    """An entry point of the group ssld.teachers; the other keys are its arguments."""
+
+    @model_validator(mode="after")
+    def _one_way(self) -> TeacherSetting:
+        ways = [way for way in ("stage", "network", "plugin") if getattr(self, way) is not None]
+        if len(ways) != 1:
+            raise ValueError(f"expected exactly one of stage, network or plugin, got {', '.join(ways) or 'none of them'}")
+        if self.network is not None and "weights" not in self.options:
+            raise ValueError("expected a weights file beside network, got none; add weights: FILE.safetensors")
+        if self.stage is not None and self.options:
+            raise ValueError(f"expected no other key beside stage, got {', '.join(self.options)}")
+        return self
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The plug-in's own keys."""
+        return dict(self.model_extra or {})
+
+
+class Context(Frozen):
+    """What the derived numbers of a stage depend on, known once the recipe's data are indexed."""
+
+    resolution: int
+    samples: int
+    parent: StageSettings | None = None
+    """The resolved settings of the stage that `from` names."""
+
+
+class StageSettings(Frozen):
+    """The keys of every stage."""
+
+    kind: str
+    data: Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
+    """The source, or the list of sources, that the stage reads: unlabeled, labeled."""
+    needs_labels: ClassVar[bool] = True
+    """Whether the labels of `data` are read."""
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the stages whose results this one reads."""
+        return ()
+
+    def derived(self, context: Context) -> dict[str, Any]:
+        """Values for the keys that the recipe leaves open."""
+        return {}
+
+
+class TrainingSettings(StageSettings):
+    """The keys of every stage that trains a network."""
+
+    student: NetworkSetting | None = None
+    """The network that learns; with `from` a stage, its network when left out."""
+    start: Annotated[str | None, Field(alias="from")] = None
+    """A stage whose last weights to start from, or a .safetensors file; from scratch when left out."""
+    epochs: Annotated[int, Field(ge=1)]
+    batch_size: Annotated[int, Field(ge=2)] = 64
+    """Images per step."""
+    learning_rate: Annotated[float | None, Field(gt=0)] = None
+    """Peak learning rate; derived: base_rate per 256 images of batch size."""
+    warmup_epochs: Annotated[float | None, Field(ge=0)] = None
+    """Epochs in which the learning rate rises linearly from 0; derived: 5, at most a tenth of all."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-5
+    """L2 coefficient, added to the gradient of every parameter."""
+    clip_norm: Annotated[float | None, Field(gt=0)] = None
+    """Gradients are scaled down to this global norm; off when left out."""
+    resolution: Annotated[int | None, Field(ge=8)] = None
+    """Side of the student's input in pixels; the recipe's when left out."""
+    eval_interval: Annotated[int, Field(ge=1)] = 1
+    """Epochs between two evaluations; the last epoch is always evaluated."""
+    save_interval: Annotated[int, Field(ge=0)] = 0
+    """Every so many epochs a checkpoint is kept for good; 0 for never."""
+    save_steps: Annotated[int | None, Field(ge=1)] = None
+    """Steps between two checkpoints inside an epoch; every three minutes when left out."""
+    keep_last: Annotated[int, Field(ge=1)] = 2
+    """So many of the latest checkpoints stay."""
+
+    base_rate: ClassVar[float] = 0.1
+    """Peak learning rate per 256 images; 0.1 is what PaddleClas publishes for SSLD's ResNet50_vd (0.4 at 1,024)."""
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        teacher = getattr(self, "teacher", None)
+        stages = [self.start if self.start and not self.start.endswith(".safetensors") else None]
+        stages.append(teacher.stage if teacher else None)
+        return tuple(dict.fromkeys(name for name in stages if name))
+
+    def derived(self, context: Context) -> dict[str, Any]:
+        return {
+            "learning_rate": self.base_rate * self.batch_size / 256,
+            "warmup_epochs": min(5.0, self.epochs / 10),
+            "resolution": context.resolution,
+        }
+
+    def resolved(self, context: Context) -> TrainingSettings:
+        """The same settings with every open key filled in."""
+        filled = {key: value for key, value in self.derived(context).items() if getattr(self, key) is None}
+        return self.model_copy(update=filled)
+
+    def total_steps(self, samples: int) -> int:
+        """Steps of the whole stage: epochs * samples / batch size, rounded up, so that every batch is full."""
+        return -(-self.epochs * samples // self.batch_size)

@@ -1,0 +1,1 @@
+"""The bench: what several stages share. Paddle lives from here on."""
