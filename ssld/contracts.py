@@ -24,7 +24,7 @@ class TeacherSpec:
     size: side of the square input in pixels.
     fingerprint: a hash of the weights, so that the same name with other weights is another teacher.
     classes: the class names in the order of its logits, or None where it does not know them.
-    resize_short: shorter side in pixels before the center crop; None for size * 256 / 224, as PaddleClas does.
+    resize_short: shorter side in pixels before the center crop; None for the recipe's own eval operators.
     mean, std: per channel (R, G, B), for pixels in [0, 1]; both None for a teacher that wants the pixels as they are.
     """
 
@@ -70,7 +70,7 @@ class State:
     """Everything that a stage needs to go on: what `save` is given, and what a resumed task holds.
 
     weights: the student, batch-norm statistics included; optimizer: by the name of the parameter it belongs to;
-    facts: small JSON values of the stage's own (best score, seconds spent, …).
+    facts: small JSON values: `best` ({"step", "top1"}), `kept` (steps that stay for good), and the stage's own.
     """
 
     step: int
@@ -81,10 +81,9 @@ class State:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a finished stage gives back: its last state, the model that the weights belong to, and its metrics."""
+    """What a finished stage gives back: its last state and its metrics."""
 
     state: State
-    model: Model
     metrics: Mapping[str, float]
 
 
@@ -93,28 +92,30 @@ class Task:
     """One stage's work: resolved settings and inputs as values. A stage opens no file of the run itself.
 
     settings: resolved, an instance of the kind's own model; seed: already mixed with the stage's name.
-    data: what the stage trains on; validation: what every evaluation uses; test: touched once, at the end.
-    classes: names in logit order; train, evaluate: the pipelines at this stage's resolution.
-    initial: the model and weights that `from` names, else None; teacher: checked, else None.
+    model: the network to train, with its classes and the pipeline of evaluation, at this stage's resolution.
+    data: what the stage trains on; train: the pipeline of its views; validation: what every evaluation uses; test:
+    touched once, so given to the last stage only.
+    initial: the weights that `from` names, else None; teacher: checked, else None.
+    damage_budget: so many images of `data` may be unreadable.
     resume: where a stopped run of this same stage was, else None.
-    save(state, keep): commits a checkpoint; keep names what it is beside the latest ("best", "epoch"), or is empty.
+    save(state): commits a checkpoint; `best` and `kept` in the state's facts say which earlier ones stay.
     stop(): the number of the signal that asks the run to end, or None; asked after every step.
     """
 
     name: str
+    model: Model
     settings: StageSettings
     seed: int
     device: str
     data: Samples
     validation: Samples
     test: Samples | None
-    classes: tuple[str, ...]
     train: Pipeline
-    evaluate: Pipeline
-    initial: tuple[Model, Arrays] | None
+    initial: Arrays | None
     teacher: Teacher | None
     resume: State | None
-    save: Callable[[State, tuple[str, ...]], None]
+    damage_budget: int
+    save: Callable[[State], None]
     stop: Callable[[], int | None]
     journal: Journal
 

@@ -4,17 +4,46 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler, model_validator
+from pydantic_core import CoreSchema
+
+
+class Exact:
+    """Marks a type whose numbers are taken as they stand: neither "64" nor true is a whole number, inf is no number.
+
+    pydantic's own strict mode goes further and refuses what YAML cannot write, such as tuples and paths.
+    """
+
+    @staticmethod
+    def __get_pydantic_core_schema__(source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return _exact(handler(source))
+
+
+def _exact(schema: Any) -> Any:
+    if isinstance(schema, list | tuple):
+        return type(schema)(_exact(item) for item in schema)
+    if not isinstance(schema, dict):
+        return schema
+    exact = {key: item if key in ("default", "metadata") else _exact(item) for key, item in schema.items()}
+    if exact.get("type") in ("int", "float", "bool"):
+        exact["strict"] = True
+    if exact.get("type") == "float":
+        exact["allow_inf_nan"] = False
+    return exact
 
 
 class Frozen(BaseModel):
-    """A value from a recipe: unknown keys are refused, nothing changes after reading."""
+    """A value from a recipe: unknown keys are refused, numbers are exact, nothing changes after reading."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, use_attribute_docstrings=True)
 
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return _exact(handler(source))
+
 
 class Named(Frozen):
-    """A plug-in with arguments of its own: `NAME`, or `{network: NAME, key: value, …}`."""
+    """A plug-in with arguments of its own: `NAME`, or `{name: NAME, key: value, …}`."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
@@ -26,25 +55,12 @@ class Named(Frozen):
         return dict(self.model_extra or {})
 
 
-def _network(value: object) -> object:
-    if isinstance(value, str):
-        return {"name": value}
-    if isinstance(value, dict) and isinstance(value.get("network"), str) and "name" not in value:
-        return {"name": value["network"], **{key: item for key, item in value.items() if key != "network"}}
-    return value
-
-
-def _loss(value: object) -> object:
-    if isinstance(value, str):
-        return {"name": value}
-    if isinstance(value, dict) and len(value) == 1 and "name" not in value:
-        name, options = next(iter(value.items()))
-        return {"name": name, **(options or {})} if isinstance(options, dict | None) else value
-    return value
-
-
-NetworkSetting = Annotated[Named, BeforeValidator(_network)]
-LossSetting = Annotated[Named, BeforeValidator(_loss)]
+Plugin = Annotated[
+    Named,
+    BeforeValidator(
+        lambda value: {"name": value} if isinstance(value, str) else value, json_schema_input_type=str | Named
+    ),
+]
 
 
 class TeacherSetting(Frozen):
@@ -63,7 +79,9 @@ class TeacherSetting(Frozen):
     def _one_way(self) -> TeacherSetting:
         ways = [way for way in ("stage", "network", "plugin") if getattr(self, way) is not None]
         if len(ways) != 1:
-            raise ValueError(f"expected exactly one of stage, network or plugin, got {', '.join(ways) or 'none of them'}")
+            raise ValueError(
+                f"expected exactly one of stage, network or plugin, got {', '.join(ways) or 'none of them'}"
+            )
         if self.network is not None and "weights" not in self.options:
             raise ValueError("expected a weights file beside network, got none; add weights: FILE.safetensors")
         if self.stage is not None and self.options:
@@ -89,7 +107,13 @@ class StageSettings(Frozen):
     """The keys of every stage."""
 
     kind: str
-    data: Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
+    data: Annotated[
+        tuple[str, ...],
+        Field(min_length=1),
+        BeforeValidator(
+            lambda value: (value,) if isinstance(value, str) else value, json_schema_input_type=str | tuple[str, ...]
+        ),
+    ]
     """The source, or the list of sources, that the stage reads: unlabeled, labeled."""
     needs_labels: ClassVar[bool] = True
     """Whether the labels of `data` are read."""
@@ -107,7 +131,7 @@ class StageSettings(Frozen):
 class TrainingSettings(StageSettings):
     """The keys of every stage that trains a network."""
 
-    student: NetworkSetting | None = None
+    student: Plugin | None = None
     """The network that learns; with `from` a stage, its network when left out."""
     start: Annotated[str | None, Field(alias="from")] = None
     """A stage whose last weights to start from, or a .safetensors file; from scratch when left out."""

@@ -1,1 +1,1 @@
-"""What is done, one file per stage kind: its settings, then `run(task) -> Outcome`, then the `stage` that names both."""
+"""What is done, one file per stage kind: its settings, `run(task) -> Outcome`, and the `stage` that names both."""

@@ -1,0 +1,224 @@
+"""The command line: words to calls, and every SsldError to one message and its exit code."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+import ssld
+from ssld.errors import SsldError
+
+RECIPE_OPTIONS = (
+    click.argument("recipe"),
+    click.option(
+        "-o", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the recipe; repeatable."
+    ),
+    click.option("--limit", type=click.IntRange(min=1), help="A smoke run: at most so many images of each set."),
+)
+
+
+class Commands(click.Group):
+    """Shows an SsldError as one message and ends with its exit code; a defect of ssld keeps its traceback."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().main(*args, **kwargs)
+        except SsldError as error:
+            for line in (f"Error: {error}", *getattr(error, "__notes__", ())):
+                click.echo(line, err=True)
+            sys.exit(error.exit_code)
+
+
+def with_recipe(command: Callable[..., None]) -> Callable[..., None]:
+    """The argument and options of every command that reads a recipe."""
+    for option in reversed(RECIPE_OPTIONS):
+        command = option(command)
+    return command
+
+
+def show(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """A table on standard output, columns padded, nothing cut off."""
+    lines = [tuple(header), *map(tuple, rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    for line in lines:
+        click.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(ssld.__version__, prog_name="ssld")
+def main() -> None:
+    """Distil a big image classifier into a small one on unlabeled images.
+
+    \b
+    Example:
+      ssld run mobilenetv3_ssld
+    """
+
+
+@main.command()
+@with_recipe
+@click.option("--out", type=click.Path(path_type=Path), help="The run directory; runs/NAME when left out.")
+@click.option("--device", type=click.Choice(["cpu", "gpu"]), default="cpu", show_default=True)
+@click.option("--rerun", is_flag=True, help="Do again what a changed recipe affects; old results move to attempts/.")
+@click.option("--trust-teacher", is_flag=True, help="Go on with a teacher that is no better than chance.")
+def run(recipe: str, out: Path | None, overrides: tuple[str, ...], **options: Any) -> None:
+    """Do what a recipe says, or go on where an earlier run of it stopped.
+
+    \b
+    Examples:
+      ssld run mobilenetv3_ssld
+      ssld run recipes/mobilenetv3_ssld.yaml -o data.unlabeled=POOL -o data.labeled=TRAIN -o data.validation=VAL
+    """
+    finish(ssld.run(recipe, out, overrides=overrides, **options))
+
+
+@main.command()
+@click.option("--stage", help="Start again from this stage (number or name); what comes before stays.")
+@click.option("--out", type=click.Path(path_type=Path), help="The run directory; the newest under runs/ when left out.")
+def resume(stage: str | None, out: Path | None) -> None:
+    """Go on exactly where a run stopped, or start again from one of its stages.
+
+    \b
+    Examples:
+      ssld resume
+      ssld resume --stage 2
+    """
+    finish(ssld.resume(out, stage=stage))
+
+
+def finish(result: ssld.Overview) -> None:
+    """The closing table."""
+    if not result.fresh:
+        click.echo(f"{result.directory} is finished already; nothing was run", err=True)
+    header, rows = result.table()
+    show(header, rows)
+
+
+@main.command()
+@with_recipe
+@click.option("--out", type=click.Path(path_type=Path), help="The run directory; runs/NAME when left out.")
+def plan(recipe: str, out: Path | None, overrides: tuple[str, ...], limit: int | None) -> None:
+    """Show the stages in order, the numbers that are derived, and what would run, and why. Writes only the index cache.
+
+    \b
+    Example:
+      ssld plan mobilenetv3_ssld -o stages.distill.epochs=30
+    """
+    header, rows = ssld.plan(recipe, out, overrides=overrides, limit=limit).forecast()
+    show(header, rows)
+
+
+@main.command()
+@click.argument("directory", required=False, type=click.Path(path_type=Path))
+def status(directory: Path | None) -> None:
+    """Show where each stage of a run stands.
+
+    \b
+    Example:
+      ssld status runs/mobilenetv3_ssld
+    """
+    header, rows = ssld.status(directory).table()
+    show(header, rows)
+
+
+@main.command("list")
+@click.argument("what", type=click.Choice(["teachers", "students", "stages", "losses", "recipes"]))
+def list_(what: str) -> None:
+    """List what is installed: name, distribution and version. Nothing is imported.
+
+    \b
+    Example:
+      ssld list students
+    """
+    from ssld import plugins, recipe
+
+    if what == "recipes":
+        show(("recipe", "what it is"), recipe.known_recipes().items())
+    else:
+        show(
+            (what[:-1].replace("losse", "loss"), "distribution", "version"),
+            [(found.name, found.distribution, found.version) for found in plugins.find(what)],
+        )
+
+
+@main.command()
+@click.argument("source")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--unlabeled", is_flag=True, help="The source has no labels, or they are not wanted.")
+@click.option("--shard-size", type=click.IntRange(min=1), default=1000, show_default=True, help="Images per shard.")
+@click.option("--max-damaged", type=click.IntRange(min=0), default=0, show_default=True, help="Skip so many at most.")
+def pack(source: str, out: Path, unlabeled: bool, shard_size: int, max_damaged: int) -> None:
+    """Write a folder or a list of images as shards.
+
+    \b
+    Example:
+      ssld pack photos/ shards/ --unlabeled
+    """
+    from ssld.data.pack import pack as write
+    from ssld.data.sources import open_source
+    from ssld.journal import counting
+
+    with counting("packing") as progress:
+        report = write(
+            open_source(source, labeled=not unlabeled),
+            out,
+            shard_size=shard_size,
+            max_damaged=max_damaged,
+            progress=progress,
+        )
+    for name in report.damaged:
+        click.echo(f"skipped, damaged: {name}", err=True)
+    click.echo(f"{report.written} images in {report.shards} shards in {out}, {len(report.damaged)} skipped")
+
+
+@main.command("eval")
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("data")
+@click.option("--device", type=click.Choice(["cpu", "gpu"]), default="cpu", show_default=True)
+def evaluate(checkpoint: Path, data: str, device: str) -> None:
+    """Measure a checkpoint on a labeled set.
+
+    \b
+    Example:
+      ssld eval runs/mobilenetv3_ssld/2-finetune/best photos/test
+    """
+    from ssld.score import score
+
+    images, metrics = score(checkpoint, data, device)
+    show(("images", *metrics), [(str(images), *(f"{value:.4f}" for value in metrics.values()))])
+
+
+@main.command()
+@click.option("--device", type=click.Choice(["cpu", "gpu"]), default="cpu", show_default=True)
+def doctor(device: str) -> None:
+    """Say whether the installation is right: versions, device, threads, one training step.
+
+    \b
+    Example:
+      ssld doctor
+    """
+    from ssld.doctor import examine
+
+    findings = examine(device)
+    show(("check", "", "found"), [(item.name, "ok" if item.ok else "WRONG", item.detail) for item in findings])
+    if wrong := [item for item in findings if not item.ok]:
+        raise SsldError(f"{len(wrong)} of {len(findings)} checks failed: {', '.join(item.name for item in wrong)}")
+
+
+@main.command()
+def schema() -> None:
+    """Print the JSON schema of recipes, for editors.
+
+    \b
+    Example:
+      ssld schema > recipe.schema.json
+    """
+    import json
+
+    from ssld.recipe import schema as recipe_schema
+
+    click.echo(json.dumps(recipe_schema(), indent=2))

@@ -1,0 +1,259 @@
+"""Recipe to plan: the order of the stages, their derived numbers, and the fingerprint each result will carry."""
+
+from __future__ import annotations
+
+import graphlib
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ssld import plugins
+from ssld.checkpoint import FORMAT
+from ssld.contracts import StageKind
+from ssld.data.samples import Samples, concatenate, same_classes
+from ssld.data.sources import open_source
+from ssld.data.transforms import Pipeline
+from ssld.errors import DataError, RecipeError
+from ssld.recipe import Recipe
+from ssld.settings import Context, TrainingSettings
+
+# these change what is kept on disk or when, never a weight
+STORAGE_KEYS = frozenset({"keep_last", "save_steps", "save_interval"})
+# SSLD's own pools lose a few images of millions; more than one in a thousand is a broken source
+POOL_DAMAGE = 1000
+
+
+@dataclass(frozen=True)
+class Datasets:
+    """The recipe's sources, indexed: by their names in the recipe."""
+
+    sources: Mapping[str, Samples]
+    classes: tuple[str, ...]
+
+    @property
+    def validation(self) -> Samples:
+        return self.sources["validation"]
+
+    @property
+    def test(self) -> Samples | None:
+        return self.sources.get("test")
+
+    def named(self, names: tuple[str, ...]) -> Samples:
+        """What a stage reads: one source, or several as one set."""
+        parts = [self.sources[name] for name in names]
+        return parts[0] if len(parts) == 1 else concatenate(parts)
+
+    def damage_budget(self, names: tuple[str, ...]) -> int:
+        """So many images of these sources may be unreadable: none that is labeled, one in a thousand of the pool."""
+        return -(-len(self.sources["unlabeled"]) // POOL_DAMAGE) if "unlabeled" in names else 0
+
+
+@dataclass(frozen=True)
+class Node:
+    """One stage of a plan.
+
+    number: as SSLD counts, 0 for what makes the teacher; settings: resolved; basis: all that its weights depend on;
+    fingerprint: a hash of the basis; samples, steps: of its training.
+    """
+
+    number: int
+    name: str
+    kind: StageKind
+    settings: TrainingSettings
+    basis: Mapping[str, Any]
+    fingerprint: str
+    samples: int
+    steps: int
+
+    @property
+    def directory(self) -> str:
+        return f"{self.number}-{self.name}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run does, in order."""
+
+    recipe: Recipe
+    nodes: tuple[Node, ...]
+    data: Datasets
+
+    def node(self, name: str) -> Node:
+        return next(node for node in self.nodes if node.name == name)
+
+    def find(self, stage: str) -> Node:
+        """The stage of that number or name. Raises RecipeError with the stages that exist."""
+        for node in self.nodes:
+            if stage in (node.name, str(node.number)):
+                return node
+        known = ", ".join(f"{node.number} {node.name}" for node in self.nodes)
+        raise RecipeError(f"{self.recipe.name}: expected a stage of this recipe, got {stage!r}; its stages are {known}")
+
+
+def make_plan(recipe: Recipe, *, limit: int | None = None, cache: Path | None = None) -> Plan:
+    """Index the data (writing only the index cache) and resolve every stage. Raises RecipeError and DataError."""
+    order = ordered(recipe)
+    data = open_datasets(recipe, limit, cache)
+    nodes: dict[str, Node] = {}
+    for number, name in zip(numbers(recipe, order), order, strict=True):
+        nodes[name] = resolve(recipe, name, number, data, nodes)
+    return Plan(recipe, tuple(nodes.values()), data)
+
+
+def ordered(recipe: Recipe) -> list[str]:
+    """Stage names so that each comes after what it reads, else in the order of the recipe."""
+    for name, settings in recipe.stages.items():
+        for wanted in settings.inputs:
+            if wanted not in recipe.stages:
+                near = get_close_matches(wanted, recipe.stages, 1)
+                hint = f", did you mean {near[0]}?" if near else ""
+                raise RecipeError(
+                    f"{recipe.place(('stages', name))}: expected a stage of this recipe or a .safetensors file, got "
+                    f"{wanted!r}{hint}; its stages are {', '.join(recipe.stages)}"
+                )
+    done: list[str] = []
+    sorter = graphlib.TopologicalSorter({name: settings.inputs for name, settings in recipe.stages.items()})
+    try:
+        sorter.prepare()
+    except graphlib.CycleError as error:
+        cycle = " → ".join(reversed(error.args[1]))
+        place = recipe.place(("stages", error.args[1][0]))
+        raise RecipeError(f"{place}: the stages wait for each other: {cycle}; break the circle") from error
+    while sorter.is_active():
+        ready = sorted(sorter.get_ready(), key=list(recipe.stages).index)
+        done += ready
+        sorter.done(*ready)
+    return done
+
+
+def numbers(recipe: Recipe, order: list[str]) -> list[int]:
+    """0 for every stage before the first that has a teacher, which is 1; then in order. Else 0, 1, 2, …"""
+    taught = [index for index, name in enumerate(order) if getattr(recipe.stages[name], "teacher", None)]
+    first = taught[0] if taught else 1
+    return [max(0, index - first + 1) for index in range(len(order))]
+
+
+def open_datasets(recipe: Recipe, limit: int | None, cache: Path | None) -> Datasets:
+    """Index every source that the recipe names and agree on the classes. limit: so many images of each at most."""
+    sources: dict[str, Samples] = {}
+    for name, spec in recipe.data.sources().items():
+        opened = open_source(spec, labeled=name != "unlabeled", cache=cache)
+        sources[name] = opened
+    for name, settings in recipe.stages.items():
+        for wanted in settings.data:
+            if wanted not in sources:
+                raise RecipeError(
+                    f"{recipe.place(('stages', name, 'data'))}: expected data.{wanted} to name a source, got none; add "
+                    f"it to the recipe or give -o data.{wanted}=FOLDER"
+                )
+            if settings.needs_labels and wanted == "unlabeled":
+                raise RecipeError(
+                    f"{recipe.place(('stages', name, 'data'))}: {settings.kind} reads labels, expected labeled, "
+                    f"got unlabeled"
+                )
+    split = recipe.data.split
+    if split is not None and "labeled" in sources:
+        sources["labeled"], sources["validation"] = sources["labeled"].split(split, recipe.seed)
+    if "validation" not in sources:
+        raise RecipeError(
+            f"{recipe.place(('data',))}: expected a labeled validation set, got none; add data.validation: SOURCE, or "
+            f"{{split: 0.1}} to hold back a tenth of the labeled set"
+        )
+    classes = class_names(sources)
+    if limit is not None:
+        sources = {name: samples.limited(limit) for name, samples in sources.items()}
+    return Datasets(sources, classes)
+
+
+def class_names(sources: Mapping[str, Samples]) -> tuple[str, ...]:
+    """The class names on which all labeled sources agree; numbers as text where no source names them."""
+    labeled = {name: samples for name, samples in sources.items() if samples.labels is not None}
+    named = {name: samples.classes for name, samples in labeled.items() if samples.classes is not None}
+    if named:
+        first, classes = next(iter(named.items()))
+        for name, other in named.items():
+            same_classes(classes, other, f"data.{first}", f"data.{name}")
+    else:
+        highest = max(int(samples.labels.max()) for samples in labeled.values())
+        classes = tuple(str(label) for label in range(highest + 1))
+    for name, samples in labeled.items():
+        beyond = np.flatnonzero(samples.labels >= len(classes))
+        if len(beyond):
+            raise DataError(
+                f"data.{name}: expected labels from 0 to {len(classes) - 1}, got {samples.labels[beyond[0]]} for "
+                f"{samples.where(int(beyond[0]))}; correct the label, or name the classes of all sources"
+            )
+    return classes
+
+
+def resolve(recipe: Recipe, name: str, number: int, data: Datasets, earlier: Mapping[str, Node]) -> Node:
+    """Fill in what the recipe leaves open, and fix the fingerprint."""
+    settings = recipe.stages[name]
+    kind: StageKind = plugins.load("stages", settings.kind)
+    parent = earlier.get(settings.start or "")
+    samples = len(data.named(settings.data))
+    context = Context(
+        resolution=parent.settings.resolution if parent else recipe.images.resolution,
+        samples=samples,
+        parent=parent.settings if parent else None,
+    )
+    settings = with_network(recipe, name, settings.resolved(context), parent)
+    basis = {
+        "format": FORMAT,
+        "kind": f"{settings.kind} revision {kind.revision} of {plugins.origin('stages', settings.kind)}",
+        "seed": recipe.seed,
+        "settings": settings.model_dump(mode="json", by_alias=True, exclude=set(STORAGE_KEYS)),
+        "images": {part: pipeline(recipe, part, settings.resolution).to_json() for part in ("train", "eval")},
+        "classes": list(data.classes),
+        "data": {source: data.sources[source].identity for source in settings.data},
+        "validation": data.validation.identity,
+        "inputs": {stage: earlier[stage].fingerprint for stage in settings.inputs},
+        "files": {key: file_identity(path) for key, path in weight_files(settings).items()},
+    }
+    fingerprint = hashlib.sha256(json.dumps(basis, sort_keys=True).encode()).hexdigest()
+    return Node(number, name, kind, settings, basis, fingerprint, samples, settings.total_steps(samples))
+
+
+def with_network(recipe: Recipe, name: str, settings: TrainingSettings, parent: Node | None) -> TrainingSettings:
+    """Settings that name the network: the recipe's own, which must be the one of the stage it starts from, or that."""
+    place = recipe.place(("stages", name))
+    if settings.student is None and parent is None:
+        raise RecipeError(f"{place}: expected student: NETWORK, since the stage starts from no other stage, got none")
+    if parent is None:
+        return settings
+    if settings.student not in (None, parent.settings.student):
+        raise RecipeError(
+            f"{place}: expected the student of {parent.name}, {parent.settings.student.name}, got "
+            f"{settings.student.name}; leave student out, or start from another stage"
+        )
+    return settings.model_copy(update={"student": parent.settings.student})
+
+
+def pipeline(recipe: Recipe, part: str, resolution: int) -> Pipeline:
+    """The recipe's `train` or `eval` operators at a stage's resolution."""
+    operators = recipe.images.train if part == "train" else recipe.images.eval
+    return Pipeline(operators, recipe.images.resolution, recipe.images.resolution).at(resolution)
+
+
+def weight_files(settings: TrainingSettings) -> dict[str, Path]:
+    """Files outside the run that a stage's weights depend on."""
+    teacher = getattr(settings, "teacher", None)
+    files = {"from": settings.start} if settings.start and settings.start.endswith(".safetensors") else {}
+    if teacher is not None and teacher.network is not None:
+        files["teacher"] = teacher.options["weights"]
+    return {key: Path(path) for key, path in files.items()}
+
+
+def file_identity(path: Path) -> str:
+    """sha256 of a weights file."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise RecipeError(f"expected a weights file at {path}, got {error.strerror}; check the path") from error

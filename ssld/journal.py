@@ -1,0 +1,147 @@
+"""What a run tells: train.log and metrics.jsonl in its directory, a live display or plain lines on the screen."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+LINE_EVERY_SECONDS = 5.0
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds: 3:07, 1:00:00."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+@contextmanager
+def counting(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Progress of a command that counts: yields a function of (done, total). A bar on a terminal, else a few lines."""
+    console = Console(stderr=True, highlight=False)
+    with bar(console) as progress:
+        task = progress.add_task(what, detail="") if progress else None
+        last = time.monotonic()
+
+        def advance(done: int, total: int) -> None:
+            nonlocal last
+            if progress is not None and task is not None:
+                progress.update(task, completed=done, total=total, detail=f"{done}/{total}")
+            elif time.monotonic() - last > LINE_EVERY_SECONDS:
+                last = time.monotonic()
+                console.print(f"{what}: {done} of {total}", markup=False, soft_wrap=True)
+
+        yield advance
+
+
+def bar(console: Console) -> AbstractContextManager[Progress | None]:
+    """A live bar on a terminal; nothing elsewhere, so that no control characters reach a file."""
+    if not console.is_terminal:
+        return nullcontext()
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), TextColumn("{task.fields[detail]}"))
+    return Progress(*columns, console=console, transient=True)
+
+
+class Journal:
+    """Writes events; everything that is shown on the screen is in train.log as well.
+
+    directory: where train.log and metrics.jsonl are appended to. console: the screen, stderr when left out.
+    """
+
+    def __init__(self, directory: Path, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True, highlight=False)
+        self.log: IO[str] = (directory / "train.log").open("a", encoding="utf-8")
+        self.metrics: IO[str] = (directory / "metrics.jsonl").open("a", encoding="utf-8")
+        self.place = ""
+
+    def close(self) -> None:
+        self.log.close()
+        self.metrics.close()
+
+    def note(self, text: str) -> None:
+        """One line for people."""
+        self.log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+        self.log.flush()
+        self.console.print(text, markup=False, soft_wrap=True)
+
+    def record(self, event: str, **fields: Any) -> None:
+        """One line for programs."""
+        self.metrics.write(json.dumps({"time": round(time.time(), 3), "event": event, **fields}) + "\n")
+        self.metrics.flush()
+
+    def measured(self, stage: str, step: int, epoch: int, metrics: Mapping[str, float]) -> None:
+        """Validation results at the end of an epoch."""
+        self.record("evaluation", stage=stage, step=step, epoch=epoch, **metrics)
+        numbers = " ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        self.note(f"[{self.place}] epoch {epoch} step {step} validation {numbers}")
+
+    @contextmanager
+    def stage(self, name: str, total: int, samples: int, batch: int, start: int) -> Iterator[StageLog]:
+        """Progress of one stage over `total` steps of `batch` images, from step `start`."""
+        with bar(self.console) as progress:
+            task = progress.add_task(self.place, total=total, completed=start, detail="") if progress else None
+            yield StageLog(self, name, total, samples, batch, start, progress, task)
+
+
+@dataclass
+class StageLog:
+    """Turns steps into the display, and into a line every few seconds and at the end of the stage."""
+
+    journal: Journal
+    name: str
+    total: int
+    samples: int
+    batch: int
+    start: int
+    progress: Progress | None
+    task: TaskID | None
+    began: float = field(default_factory=time.monotonic)
+    line_at: float = field(default_factory=time.monotonic)
+    line_step: int = -1
+    waited: float = 0.0
+
+    def step(self, step: int, loss: float, rate: float, waited: float) -> None:
+        """After each step: the loss of its batch, its learning rate, and the seconds it waited for data."""
+        self.waited += waited
+        self.line_step = self.start if self.line_step < 0 else self.line_step
+        now = time.monotonic()
+        if now - self.line_at < LINE_EVERY_SECONDS and step < self.total:
+            self._show(self._text(step, loss, rate, now), step)
+            return
+        text = self._text(step, loss, rate, now)
+        self._show(text, step)
+        self.journal.record("step", stage=self.name, **self._numbers(step, loss, rate, now))
+        self.journal.note(f"[{self.journal.place}] {text}")
+        self.line_at, self.line_step, self.waited = now, step, 0.0
+
+    def _numbers(self, step: int, loss: float, rate: float, now: float) -> dict[str, Any]:
+        taken = max(now - self.line_at, 1e-9)
+        left = (self.total - step) * (now - self.began) / max(step - self.start, 1)
+        return {
+            "step": step,
+            "epoch": round(step * self.batch / self.samples, 3),
+            "lr": rate,
+            "loss": loss,
+            "images_per_second": round((step - self.line_step) * self.batch / taken, 1),
+            "data_wait": round(self.waited / taken, 3),
+            "eta_seconds": round(left),
+        }
+
+    def _text(self, step: int, loss: float, rate: float, now: float) -> str:
+        n = self._numbers(step, loss, rate, now)
+        return (
+            f"epoch {n['epoch']:.2f} step {step}/{self.total} lr {rate:.3g} loss {loss:.4f} "
+            f"{n['images_per_second']:.0f} img/s data wait {n['data_wait']:.0%} eta {duration(n['eta_seconds'])}"
+        )
+
+    def _show(self, text: str, step: int) -> None:
+        if self.progress is not None and self.task is not None:
+            self.progress.update(self.task, completed=step, detail=text)

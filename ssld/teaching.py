@@ -1,0 +1,91 @@
+"""Asking a teacher: what it is shown, what its answer is checked for, and whether it is worth learning from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ssld.contracts import Teacher, TeacherSpec
+from ssld.data.loader import Damage, evaluation_batches
+from ssld.data.samples import Samples, same_classes
+from ssld.data.transforms import Pipeline, center, normalize
+from ssld.errors import TeacherError
+
+# enough for an interval of about ± 3 points, little enough to be done before the user has noticed
+CHECKED = 1000
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Accuracy of a teacher on part of the validation set, with its 95 % interval (Wilson 1927)."""
+
+    accuracy: float
+    low: float
+    high: float
+    images: int
+
+    def __str__(self) -> str:
+        return f"top-1 {self.accuracy:.3f} ({self.low:.3f} to {self.high:.3f}) on {self.images} validation images"
+
+
+def prepare(images: np.ndarray, spec: TeacherSpec) -> np.ndarray:
+    """Rendered pixels, uint8 [B, H, W, 3], as the teacher's spec wants them."""
+    if spec.mean is None or spec.std is None:
+        return images
+    return normalize(images, spec.mean, spec.std)
+
+
+def ask(teacher: Teacher, images: np.ndarray, classes: int, who: str) -> np.ndarray:
+    """The teacher's logits, float32 [B, classes], for rendered pixels, uint8 [B, H, W, 3].
+
+    Raises TeacherError unless they are finite floats of that shape, or when the teacher itself raises.
+    """
+    try:
+        logits = teacher.predict(prepare(images, teacher.spec))
+    except Exception as error:
+        raise TeacherError(
+            f"{who} raised {type(error).__name__} on a batch of {len(images)} images: {error}"
+        ) from error
+    wanted = (len(images), classes)
+    if not isinstance(logits, np.ndarray) or logits.dtype.kind != "f" or logits.shape != wanted:
+        got = f"{logits.dtype} {list(logits.shape)}" if isinstance(logits, np.ndarray) else type(logits).__name__
+        raise TeacherError(f"{who}: expected float32 logits {list(wanted)} ([images, classes of the data]), got {got}")
+    if not np.isfinite(logits).all():
+        bad = int(np.argmax(~np.isfinite(logits).all(axis=1)))
+        raise TeacherError(f"{who}: expected finite logits, got {logits[bad].tolist()[:5]} for image {bad} of a batch")
+    return logits.astype(np.float32, copy=False)
+
+
+def shown(pipeline: Pipeline, spec: TeacherSpec) -> Pipeline:
+    """The student's pipeline at the teacher's size, so that both see the same view."""
+    return pipeline.at(spec.size)
+
+
+def check(teacher: Teacher, validation: Samples, evaluate: Pipeline, classes: tuple[str, ...], who: str) -> Quality:
+    """Measure the teacher on at most a thousand validation images, prepared as its spec or else `evaluate` says.
+
+    Raises TeacherError for an answer of the wrong form, DataError for other class names than the data have.
+    """
+    spec = teacher.spec
+    if spec.classes is not None:
+        same_classes(classes, spec.classes, "the data", who)
+    samples = validation.limited(CHECKED)
+    pipeline = center(spec.size, spec.resize_short) if spec.resize_short else evaluate.at(spec.size)
+    correct = 0
+    for batch in evaluation_batches(samples, pipeline, batch_size=64, damage=Damage(0)):
+        correct += int((ask(teacher, batch.images[0], len(classes), who).argmax(axis=1) == batch.labels).sum())
+    low, high = wilson(correct, len(samples))
+    return Quality(correct / len(samples), low, high, len(samples))
+
+
+def wilson(correct: int, total: int, z: float = 1.96) -> tuple[float, float]:
+    """Interval of a proportion in [0, 1] at confidence z (1.96: 95 %), by Wilson 1927.
+
+    >>> [round(bound, 3) for bound in wilson(50, 100)]
+    [0.404, 0.596]
+    """
+    share, spread = correct / total, z * z / total
+    middle = share + spread / 2
+    half = z * np.sqrt(share * (1 - share) / total + spread / total / 4)
+    return float((middle - half) / (1 + spread)), float((middle + half) / (1 + spread))

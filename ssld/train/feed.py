@@ -1,0 +1,84 @@
+"""What a step is fed: images for the student, and beside them hard labels or the teacher's soft labels."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import islice
+from typing import TypeVar
+
+import numpy as np
+import paddle
+
+from ssld.contracts import Task
+from ssld.data.loader import Batch, Damage, training_batches
+from ssld.data.transforms import Pipeline, normalize
+from ssld.errors import DataError
+from ssld.teaching import ask, shown
+
+In = TypeVar("In")
+Out = TypeVar("Out")
+
+
+@dataclass(frozen=True)
+class Target:
+    """One batch, ready for the step.
+
+    images: float32 [B, 3, H, W], normalized for the student; hard: int64 [B]; logits: the teacher's,
+    float32 [B, classes].
+    """
+
+    step: int
+    images: np.ndarray
+    keys: tuple[str, ...]
+    hard: np.ndarray | None
+    logits: np.ndarray | None
+
+    @property
+    def labels(self) -> paddle.Tensor:
+        """Hard labels, int64 [B]. Raises DataError where the data have none."""
+        if self.hard is None:
+            raise DataError(f"expected labeled images, got one without a label: {self.keys[0]}")
+        return paddle.to_tensor(self.hard)
+
+    @property
+    def soft(self) -> paddle.Tensor:
+        """The teacher's logits, float32 [B, classes]."""
+        return paddle.to_tensor(self.logits)
+
+
+def feed(task: Task, pipeline: Pipeline, start: int, total: int, damage: Damage) -> Iterator[Target]:
+    """Batches from step `start` on, the teacher asked one batch ahead while the student is trained."""
+    teacher = task.teacher
+    pipelines = (pipeline,) if teacher is None else (pipeline, shown(pipeline, teacher.spec))
+    batches = training_batches(
+        task.data,
+        pipelines,
+        batch_size=task.settings.batch_size,
+        seed=task.seed,
+        start=start,
+        damage=damage,
+    )
+
+    def target(batch: Batch) -> Target:
+        logits = None
+        if teacher is not None:
+            logits = ask(teacher, batch.images[1], len(task.model.classes), f"the teacher of {task.name}")
+        images = normalize(batch.images[0], pipeline.mean, pipeline.std)
+        return Target(batch.step, images, batch.keys, batch.labels, logits)
+
+    with closing(batches):
+        yield from ahead(islice(batches, total - start), target)
+
+
+def ahead(items: Iterator[In], work: Callable[[In], Out], depth: int = 2) -> Iterator[Out]:
+    """map(work, items) in one thread that keeps up to `depth` results ready; order and values are those of map."""
+    with ThreadPoolExecutor(1, thread_name_prefix="ssld-teacher") as pool:
+        waiting: deque[Future[Out]] = deque(pool.submit(work, item) for item in islice(items, depth))
+        while waiting:
+            result = waiting.popleft().result()
+            waiting.extend(pool.submit(work, item) for item in islice(items, 1))
+            yield result

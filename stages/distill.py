@@ -1,0 +1,35 @@
+"""Distillation: the student learns the teacher's soft labels. Labels of the data are never read.
+
+Source: SSLD, as PaddleClas documents it (docs/zh_CN/training/advanced/ssld.md): stage 1 on the pool, the student from
+scratch, no hard labels, no mixup.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from ssld.contracts import Outcome, StageKind, Task
+from ssld.settings import Named, Plugin, TeacherSetting, TrainingSettings
+
+
+class Distill(TrainingSettings):
+    """Train the student on the teacher's soft labels of `data`."""
+
+    kind: Literal["distill"]
+    teacher: TeacherSetting
+    loss: Plugin = Named(name="js")
+    """Distance of the student's classes to the teacher's: js, true_js, kl, ce, or {name: kl, temperature: 4}."""
+
+    needs_labels: ClassVar[bool] = False
+
+
+def run(task: Task) -> Outcome:
+    """Minimize the distance to the teacher's soft labels."""
+    from ssld.train import loop, losses, networks
+
+    loss = losses.named(task.settings.loss)
+    network = networks.student(task)
+    return loop.fit(task, network, lambda logits, target: loss(logits, target.soft))
+
+
+stage = StageKind(Distill, run)

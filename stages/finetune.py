@@ -1,0 +1,60 @@
+"""Finetuning on the labeled set: with the teacher and without labels, as published, or with hard labels mixed in.
+
+Source: SSLD stage 2 in PaddleClas (docs/zh_CN/training/advanced/ssld.md §3.3): the same label-free loss, all layers,
+a hundredth of stage 1's learning rate, 30 to 60 epochs.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from ssld.contracts import Outcome, StageKind, Task
+from ssld.settings import Context, Named, Plugin, TeacherSetting, TrainingSettings
+
+
+class Finetune(TrainingSettings):
+    """Train a distilled student further on the labeled set."""
+
+    kind: Literal["finetune"]
+    start: Annotated[str, Field(alias="from")]
+    teacher: TeacherSetting | None = None
+    loss: Plugin = Named(name="js")
+    """Distance of the student's classes to the teacher's."""
+    hard: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of the cross-entropy with the true labels; the rest is the teacher's. 1 needs no teacher."""
+
+    base_rate: ClassVar[float] = 0.001
+
+    @model_validator(mode="after")
+    def _something_teaches(self) -> Finetune:
+        if self.teacher is None and self.hard < 1:
+            raise ValueError(f"expected a teacher, or hard: 1 to learn from labels alone, got hard: {self.hard:g}")
+        return self
+
+    def derived(self, context: Context) -> dict[str, Any]:
+        derived = super().derived(context)
+        parent = context.parent
+        if isinstance(parent, TrainingSettings) and parent.learning_rate is not None:
+            derived["learning_rate"] = parent.learning_rate / 100 * self.batch_size / parent.batch_size
+        return derived
+
+
+def run(task: Task) -> Outcome:
+    """Minimize (1 - hard) * distance to the teacher + hard * cross-entropy with the labels."""
+    from ssld.train import loop, losses, networks
+
+    hard = task.settings.hard
+    loss = losses.named(task.settings.loss)
+    network = networks.student(task)
+
+    def objective(logits, target):
+        terms = [(1 - hard) * loss(logits, target.soft)] if hard < 1 else []
+        terms += [hard * losses.hard_ce(logits, target.labels)] if hard > 0 else []
+        return sum(terms[1:], terms[0])
+
+    return loop.fit(task, network, objective)
+
+
+stage = StageKind(Finetune, run)

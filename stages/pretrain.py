@@ -1,0 +1,32 @@
+"""Supervised training on labels: it makes a teacher where none is given."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from ssld.contracts import Outcome, StageKind, Task
+from ssld.settings import Plugin, TrainingSettings
+
+
+class Pretrain(TrainingSettings):
+    """Train a network on the labels of `data`."""
+
+    kind: Literal["pretrain"]
+    student: Annotated[Plugin, Field(alias="network")]
+    """The network to train: NAME, or {name: NAME, …options}."""
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+
+    base_rate: ClassVar[float] = 0.1
+
+
+def run(task: Task) -> Outcome:
+    """Minimize the cross-entropy with the labels."""
+    from ssld.train import loop, losses, networks
+
+    network = networks.student(task)
+    return loop.fit(task, network, lambda logits, target: losses.hard_ce(logits, target.labels))
+
+
+stage = StageKind(Pretrain, run)
