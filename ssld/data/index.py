@@ -1,0 +1,309 @@
+"""What lies where in a tar shard: read from its headers once, kept in a cache or beside the shards, read by offset."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import re
+import tarfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from ssld.errors import DataError, StorageError
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+SIDECAR = "shards.index"
+"""The file beside the shards that holds the index of them all."""
+NO_LABEL, BAD_LABEL = -1, -2
+"""Stand in the label column for a sample without a .cls member, and for one that is not a whole number >= 0."""
+
+_MAGIC = b"ssld index 1\n"
+_BLOCK = 512
+_LABEL = re.compile(rb"\s*(\d{1,9})\s*", re.ASCII)
+
+
+def text(name: bytes) -> str:
+    """A file or member name for keys and messages; bytes that are not UTF-8 are shown by number."""
+    return name.decode("utf-8", "backslashreplace")
+
+
+@dataclass(frozen=True, eq=False)
+class Strings:
+    """A list of names in one piece of memory: a million small Python objects would take ten times as much.
+
+    blob: all names, end to end; ends: int64 [N], where each one ends.
+    """
+
+    blob: bytes
+    ends: np.ndarray
+
+    @classmethod
+    def of(cls, names: Sequence[bytes]) -> Strings:
+        return cls(b"".join(names), np.cumsum([len(name) for name in names], dtype=np.int64))
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, i: int) -> bytes:
+        return self.blob[self.ends[i - 1] if i else 0 : self.ends[i]]
+
+    def part(self, start: int, stop: int) -> Strings:
+        """The names from start to stop."""
+        first = int(self.ends[start - 1]) if start else 0
+        ends = self.ends[start:stop] - first
+        return Strings(self.blob[first : first + int(ends[-1])], ends)
+
+
+@dataclass(frozen=True, eq=False)
+class Index:
+    """The samples of one or more shards, in order.
+
+    shards: file names; lengths: int64 [S], bytes in each; counts: int64 [S], samples in each.
+    members: names of the image members [N]; offsets, sizes: int64 [N], where their bytes lie in the shard.
+    labels: int64 [N], with NO_LABEL and BAD_LABEL.
+    """
+
+    shards: tuple[str, ...]
+    lengths: np.ndarray
+    counts: np.ndarray
+    members: Strings
+    offsets: np.ndarray
+    sizes: np.ndarray
+    labels: np.ndarray
+
+    def part(self, shard: int) -> Index:
+        """The index of one shard."""
+        stop = int(self.counts[: shard + 1].sum())
+        rows = slice(stop - int(self.counts[shard]), stop)
+        one = slice(shard, shard + 1)
+        members = self.members.part(rows.start, rows.stop)
+        columns = (self.offsets[rows], self.sizes[rows], self.labels[rows])
+        return Index(self.shards[one], self.lengths[one], self.counts[one], members, *columns)
+
+    def encode(self) -> bytes:
+        """The index as bytes: a magic line, the sha256 of the rest, and the columns as an .npz archive."""
+        buffer = io.BytesIO()
+        np.savez(
+            buffer,
+            shards=np.frombuffer("\0".join(self.shards).encode("utf-8", "surrogateescape"), np.uint8),
+            blob=np.frombuffer(self.members.blob, np.uint8),
+            ends=self.members.ends,
+            **{name: getattr(self, name) for name in ("lengths", "counts", "offsets", "sizes", "labels")},
+        )
+        return _MAGIC + hashlib.sha256(buffer.getvalue()).digest() + buffer.getvalue()
+
+
+def decode_index(data: bytes) -> Index | None:
+    """What `encode` wrote, or None where the bytes are damaged or of another version."""
+    start = len(_MAGIC) + 32
+    if data[:start] != _MAGIC + hashlib.sha256(data[start:]).digest():
+        return None
+    columns = dict(np.load(io.BytesIO(data[start:]), allow_pickle=False))
+    shards = columns.pop("shards").tobytes().decode("utf-8", "surrogateescape").split("\0")
+    members = Strings(columns.pop("blob").tobytes(), columns.pop("ends"))
+    return Index(shards=tuple(shards), members=members, **columns)
+
+
+def join(parts: Sequence[Index]) -> Index:
+    """One index of several, in order."""
+    starts = np.cumsum([0, *(len(part.members.blob) for part in parts)])
+    ends = [part.members.ends + start for part, start in zip(parts, starts[:-1], strict=True)]
+    columns = ("lengths", "counts", "offsets", "sizes", "labels")
+    return Index(
+        shards=tuple(shard for part in parts for shard in part.shards),
+        members=Strings(b"".join(part.members.blob for part in parts), np.concatenate(ends)),
+        **{name: np.concatenate([getattr(part, name) for part in parts]) for name in columns},
+    )
+
+
+class Shards:
+    """A store of tar members, read by offset; a file is opened per read, so threads share nothing."""
+
+    def __init__(self, paths: Sequence[Path], names: Sequence[str], index: Index) -> None:
+        self._paths, self._names, self._index = paths, names, index
+        self._ends = np.cumsum(index.counts)
+
+    def _shard(self, row: int) -> int:
+        return int(np.searchsorted(self._ends, row, side="right"))
+
+    def key(self, row: int) -> str:
+        member = text(self._index.members[row])
+        return f"{self._names[self._shard(row)]}/{split_name(member)[0]}"
+
+    def where(self, row: int) -> str:
+        return f"{self._paths[self._shard(row)].name}: {text(self._index.members[row])}"
+
+    def read(self, row: int) -> bytes:
+        shard = self._shard(row)
+        path, size = self._paths[shard], int(self._index.sizes[row])
+        try:
+            with path.open("rb", buffering=0) as file:
+                length = os.fstat(file.fileno()).st_size
+                data = os.pread(file.fileno(), size, int(self._index.offsets[row]))
+        except OSError as error:
+            raise DataError(f"{self.where(row)}: expected to read {path}, got: {error.strerror}; restore it") from error
+        if length != self._index.lengths[shard] or len(data) != size:
+            raise DataError(
+                f"{self.where(row)}: expected a shard of {self._index.lengths[shard]} bytes as at indexing, got "
+                f"{length} in {path}; data must not change during a run: restore the shard, or start again"
+            )
+        return data
+
+    def label_text(self, row: int) -> str:
+        """What the .cls member of a sample holds, for messages."""
+        key = split_name(text(self._index.members[row]))[0]
+        with self._paths[self._shard(row)].open("rb") as shard, tarfile.open(fileobj=shard, mode="r:") as tar:
+            members = (member for member in tar if split_name(text(os.fsencode(member.name))) == (key, "cls"))
+            label = next(members)
+            return text(os.pread(shard.fileno(), min(label.size, 40), label.offset_data))
+
+
+def load_index(paths: Sequence[Path], cache: Path) -> Index:
+    """The index of these shards: from the sidecar where its sizes fit, else from the cache, else from their headers.
+
+    Raises DataError for a shard that is no whole tar of samples, StorageError when the cache cannot be written.
+    """
+    sidecars = {folder: _read(folder / SIDECAR) for folder in {path.parent for path in paths}}
+    places = {
+        (folder, shard): number
+        for folder, sidecar in sidecars.items()
+        if sidecar is not None
+        for number, shard in enumerate(sidecar.shards)
+    }
+    parts = []
+    for path in paths:
+        sidecar, number = sidecars[path.parent], places.get((path.parent, path.name))
+        if sidecar is not None and number is not None and sidecar.lengths[number] == path.stat().st_size:
+            parts.append(sidecar.part(number))
+        else:
+            parts.append(_cached(path, cache))
+    return join(parts)
+
+
+def _cached(path: Path, cache: Path) -> Index:
+    facts = path.stat()
+    name = f"{path.absolute()}\0{facts.st_size}\0{facts.st_mtime_ns}".encode("utf-8", "surrogateescape")
+    entry = cache / f"{hashlib.sha256(name).hexdigest()[:32]}.index"
+    known = _read(entry)
+    if known is not None:
+        return known
+    index = index_shard(path)
+    temporary = entry.with_suffix(f".tmp-{os.getpid()}")
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(index.encode())
+        os.replace(temporary, entry)
+    except OSError as error:
+        raise StorageError(
+            f"{cache}: expected to keep the index of {path.name} here, got: {error.strerror}; "
+            "free space, or point XDG_CACHE_HOME at a directory that can be written"
+        ) from error
+    return index
+
+
+def _read(path: Path) -> Index | None:
+    return decode_index(path.read_bytes()) if path.is_file() else None
+
+
+def index_shard(path: Path) -> Index:
+    """The index of one tar shard, from its headers; nothing is decompressed or decoded.
+
+    Raises DataError, naming the shard and the sample, for what is compressed, cut short or no tar, and for samples
+    without an image, with a member given twice, or with members that are not side by side.
+    """
+    try:
+        with path.open("rb") as shard:
+            length = os.fstat(shard.fileno()).st_size
+            _check_whole(path, shard, length)
+            with tarfile.open(fileobj=shard, mode="r:") as tar:
+                rows = list(_samples(path, shard, tar))
+                _check_tail(path, shard, tar.offset, length)
+    except (tarfile.TarError, OSError) as error:
+        raise DataError(f"{path}: expected a whole, uncompressed tar shard, got: {error}; copy it again") from error
+    if not rows:
+        raise DataError(f"{path}: expected samples, got a tar without any; remove it from the source")
+    names, offsets, sizes, labels = zip(*rows, strict=True)
+    columns = (np.array(column, np.int64) for column in (offsets, sizes, labels))
+    return Index((path.name,), np.array([length]), np.array([len(rows)]), Strings.of(names), *columns)
+
+
+def _check_whole(path: Path, shard: BinaryIO, length: int) -> None:
+    if shard.read(2) == b"\x1f\x8b":
+        raise DataError(
+            f"{path}: expected an uncompressed tar, got gzip; unpack it with `gunzip` (images gain nothing)"
+        )
+    end = os.pread(shard.fileno(), 2 * _BLOCK, max(length - 2 * _BLOCK, 0))
+    if length % _BLOCK or end != bytes(2 * _BLOCK):
+        raise DataError(
+            f"{path}: expected a tar that ends in two empty blocks, got {length} bytes without them; "
+            "it was cut short, or is no tar: copy it again"
+        )
+    shard.seek(0)
+
+
+def _check_tail(path: Path, shard: BinaryIO, end: int, length: int) -> None:
+    # tarfile takes a damaged header for the end of the archive, and so loses what follows without a word
+    shard.seek(end)
+    if shard.read(1 << 20).strip(b"\0") or length - end > 1 << 20:
+        raise DataError(
+            f"{path}: expected nothing after the last member at byte {end}, got {length - end} bytes more; "
+            "a header is damaged, or two tars were joined: copy it again, or write it anew with `ssld pack`"
+        )
+
+
+def _samples(path: Path, shard: BinaryIO, tar: tarfile.TarFile) -> Iterator[tuple[bytes, int, int, int]]:
+    seen: set[str] = set()
+    for key, group in groupby(_members(tar), key=lambda member: split_name(member.name)[0]):
+        if key in seen:
+            raise DataError(
+                f"{path.name}: {key}: expected the members of a sample side by side, got this key a second time; "
+                "two samples share it, or the tar is not sorted: write it anew with `tar --sort=name` or `ssld pack`"
+            )
+        seen.add(key)
+        yield _sample(f"{path.name}: {key}", shard, list(group))
+
+
+def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    for member in iter(tar.next, None):
+        tar.members = []  # type: ignore[attr-defined]  # tarfile would keep every header it has seen
+        if member.isreg() and all(split_name(member.name)):
+            yield member
+
+
+def split_name(member: str) -> tuple[str, str]:
+    """(key, extension) as webdataset has it: split at the first dot of the last path part; "" for a hidden name.
+
+    >>> split_name("train/000123.seg.PNG")
+    ('train/000123', 'seg.png')
+    """
+    folder, slash, name = member.rpartition("/")
+    stem, _, extension = name.partition(".")
+    return (folder + slash + stem if stem else "", extension.lower())
+
+
+def _sample(where: str, shard: BinaryIO, members: Iterable[tarfile.TarInfo]) -> tuple[bytes, int, int, int]:
+    found: dict[str, tarfile.TarInfo] = {}
+    for member in members:
+        extension = split_name(member.name)[1]
+        if extension in found:
+            raise DataError(
+                f"{where}: expected one member .{extension}, got two; two samples share the key: rename one"
+            )
+        found[extension] = member
+    images = [found[extension] for extension in IMAGE_EXTENSIONS if extension in found]
+    if len(images) != 1:
+        raise DataError(
+            f"{where}: expected one image (.{', .'.join(IMAGE_EXTENSIONS)}), got {len(images)} among the members "
+            f".{', .'.join(found)}; put the members of a sample side by side, with one image in each"
+        )
+    label = NO_LABEL
+    if "cls" in found:
+        match = _LABEL.fullmatch(os.pread(shard.fileno(), min(found["cls"].size, 64), found["cls"].offset_data))
+        label = int(match[1]) if match else BAD_LABEL
+    return images[0].name.encode("utf-8", "surrogateescape"), images[0].offset_data, images[0].size, label

@@ -1,0 +1,192 @@
+from __future__ import annotations
+
+import gzip
+import io
+import os
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ssld.data.index import BAD_LABEL, NO_LABEL, SIDECAR, Index, decode_index, index_shard, join, load_index, split_name
+from ssld.errors import DataError, StorageError
+
+SAMPLES = [("a.jpg", b"first" * 300), ("a.cls", b"3"), ("b.cls", b" 0\n"), ("b.png", b"second"), ("c.webp", b"third")]
+
+
+def write_tar(path: Path, members: Sequence[tuple[str, bytes]], format: int = tarfile.USTAR_FORMAT) -> Path:
+    with tarfile.open(path, "w", format=format) as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def slices(path: Path, index: Index) -> list[bytes]:
+    data = path.read_bytes()
+    return [data[start : start + size] for start, size in zip(index.offsets, index.sizes, strict=True)]
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_the_index_says_where_the_bytes_lie(tmp_path: Path, format: int) -> None:
+    names = ["dir/a.jpg", "é.png", "x" * 90 + ".JPEG"] + (
+        ["y" * 200 + ".jpg"] if format != tarfile.USTAR_FORMAT else []
+    )
+    members = [(name, os.urandom(700 + i)) for i, name in enumerate(names)]
+    path = write_tar(tmp_path / "s.tar", members, format)
+    index = index_shard(path)
+    assert slices(path, index) == [data for _, data in members]
+    assert [index.members[i].decode() for i in range(len(index.members))] == names
+    assert index.lengths.tolist() == [path.stat().st_size]
+    assert index.counts.tolist() == [len(members)]
+
+
+def test_labels_are_read_and_what_is_no_label_is_marked(tmp_path: Path) -> None:
+    bad = [
+        ("d.jpg", b"x"),
+        ("d.cls", b"-1"),
+        ("e.jpg", b"x"),
+        ("e.cls", b"cat"),
+        ("f.jpg", b"x"),
+        ("f.cls", "٣".encode()),
+    ]
+    index = index_shard(write_tar(tmp_path / "s.tar", [*SAMPLES, *bad]))
+    assert index.labels.tolist() == [3, 0, NO_LABEL, BAD_LABEL, BAD_LABEL, BAD_LABEL]
+
+
+def test_other_members_hidden_names_and_folders_are_passed_over(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "s.tar", [("._a.jpg", b"x"), ("README", b"x"), ("a.jpg", b"image"), ("a.json", b"{}")])
+    with tarfile.open(path, "a") as tar:
+        folder = tarfile.TarInfo("folder.jpg")
+        folder.type = tarfile.DIRTYPE
+        tar.addfile(folder)
+    assert slices(path, index_shard(path)) == [b"image"]
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [("a.jpg", ("a", "jpg")), ("a.b.JPG", ("a", "b.jpg")), ("x.y/a.jpg", ("x.y/a", "jpg")), (".a.jpg", ("", "a.jpg"))],
+)
+def test_names_split_as_webdataset_splits_them(name: str, split: tuple[str, str]) -> None:
+    assert split_name(name) == split
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        (
+            [("a.jpg", b"1"), ("b.jpg", b"2"), ("a.cls", b"0")],
+            "s.tar: a: expected the members of a sample side by side",
+        ),
+        ([("a.jpg", b"1"), ("b.jpg", b"2"), ("a.jpg", b"3")], "s.tar: a: .*two samples share it"),
+        ([("a.jpg", b"1"), ("a.jpg", b"2")], "s.tar: a: expected one member .jpg, got two"),
+        ([("a.jpg", b"1"), ("a.png", b"2")], "s.tar: a: expected one image .*got 2"),
+        ([("a.cls", b"1"), ("a.seg.png", b"2")], "s.tar: a: expected one image .*got 0 .*cls, .seg.png"),
+        ([], "expected samples, got a tar without any"),
+    ],
+)
+def test_samples_that_are_not_whole_are_refused_by_name(
+    tmp_path: Path, members: list[tuple[str, bytes]], message: str
+) -> None:
+    with pytest.raises(DataError, match=message):
+        index_shard(write_tar(tmp_path / "s.tar", members))
+
+
+def test_a_shard_cut_short_anywhere_is_refused(tmp_path: Path) -> None:
+    whole = write_tar(tmp_path / "whole.tar", SAMPLES).read_bytes()
+    cut = tmp_path / "cut.tar"
+    end = index_shard(tmp_path / "whole.tar").offsets[-1] + 512 + 1024
+    for length in sorted({*range(0, int(end), 512), *range(0, int(end), 97)}):
+        cut.write_bytes(whole[:length])
+        with pytest.raises(DataError, match=r"cut\.tar"):
+            index_shard(cut)
+
+
+def test_a_damaged_header_does_not_end_the_shard_silently(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "s.tar", SAMPLES)
+    data = bytearray(path.read_bytes())
+    at = int(index_shard(path).offsets[2]) - 512
+    data[at + 150] ^= 1  # in the checksum field of the last header
+    path.write_bytes(data)
+    with pytest.raises(DataError, match="header is damaged"):
+        index_shard(path)
+
+
+def test_joined_tars_are_refused(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "s.tar", SAMPLES)
+    path.write_bytes(path.read_bytes() * 2)
+    with pytest.raises(DataError, match="two tars were joined"):
+        index_shard(path)
+
+
+@pytest.mark.parametrize(("data", "message"), [(b"<html>" * 300, "no tar"), (gzip.compress(b"x" * 999), "gunzip")])
+def test_what_is_no_tar_is_refused(tmp_path: Path, data: bytes, message: str) -> None:
+    path = tmp_path / "s.tar"
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=message):
+        index_shard(path)
+
+
+def equal(a: Index, b: Index) -> bool:
+    return a.encode() == b.encode()
+
+
+def test_parts_and_join_undo_each_other_and_bytes_survive(tmp_path: Path) -> None:
+    first = index_shard(write_tar(tmp_path / "1.tar", SAMPLES))
+    second = index_shard(write_tar(tmp_path / "2.tar", [("ü.jpg", b"x"), ("zz.jpg", b"yy")]))
+    both = decode_index(join([first, second]).encode())
+    assert both is not None
+    assert both.shards == ("1.tar", "2.tar")
+    assert equal(both.part(0), first)
+    assert equal(both.part(1), second)
+    assert both.members[3] == "ü.jpg".encode()
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[:-1], lambda data: b"", lambda data: data[:99] + b"?" + data[100:]]
+)
+def test_a_damaged_cache_entry_is_made_anew(tmp_path: Path, damage) -> None:
+    path, cache = write_tar(tmp_path / "s.tar", SAMPLES), tmp_path / "cache"
+    index = load_index([path], cache)
+    (entry,) = cache.iterdir()
+    whole = entry.read_bytes()
+    entry.write_bytes(damage(whole))
+    assert equal(load_index([path], cache), index)
+    assert entry.read_bytes() == whole
+
+
+def test_the_cache_spares_the_headers_until_the_shard_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, cache = write_tar(tmp_path / "s.tar", SAMPLES), tmp_path / "cache"
+    load_index([path], cache)
+    os.utime(path, ns=(0, path.stat().st_mtime_ns))
+    with monkeypatch.context() as patch:
+        patch.setattr(tarfile, "open", None)
+        assert load_index([path], cache).labels.tolist() == [3, 0, NO_LABEL]
+    write_tar(path, SAMPLES[:2])
+    assert load_index([path], cache).labels.tolist() == [3]
+
+
+def test_a_sidecar_is_used_where_it_fits(tmp_path: Path) -> None:
+    paths = [write_tar(tmp_path / f"{n}.tar", SAMPLES) for n in range(2)]
+    index = join([index_shard(path) for path in paths])
+    index.labels[:] = 7  # to be seen in what comes back
+    (tmp_path / SIDECAR).write_bytes(index.encode())
+    assert load_index(paths, tmp_path / "cache").labels.tolist() == [7] * 6
+    write_tar(paths[0], [*SAMPLES, ("z.jpg", bytes(20000))])
+    assert load_index(paths, tmp_path / "cache").labels.tolist() == [3, 0, NO_LABEL, NO_LABEL, 7, 7, 7]
+
+
+def test_a_cache_that_cannot_be_written_is_an_error_with_a_way_out(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(StorageError, match="XDG_CACHE_HOME"):
+        load_index([write_tar(tmp_path / "s.tar", SAMPLES)], tmp_path / "file")
+
+
+def test_columns_are_compact(tmp_path: Path) -> None:
+    index = index_shard(write_tar(tmp_path / "s.tar", [(f"{i:09d}.jpg", b"") for i in range(500)]))
+    columns = (index.offsets, index.sizes, index.labels, index.members.ends)
+    assert sum(column.nbytes for column in columns) + len(index.members.blob) <= 500 * (4 * 8 + 13)
+    assert all(column.dtype == np.int64 for column in columns)

@@ -1,0 +1,318 @@
+from __future__ import annotations
+
+import io
+import os
+import tarfile
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ssld.data import samples as samples_module
+from ssld.data.samples import Samples
+from ssld.data.sources import open_source
+from ssld.errors import DataError, RecipeError
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
+def write(root: Path, files: Mapping[str, bytes | str]) -> Path:
+    for name, data in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data.encode() if isinstance(data, str) else data)
+    return root
+
+
+def write_tar(path: Path, members: Mapping[str, str]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data.encode())
+            tar.addfile(info, io.BytesIO(data.encode()))
+    return path
+
+
+def contents(samples: Samples) -> list[str]:
+    return [bytes(samples.read(i)).decode() for i in range(len(samples))]
+
+
+def labels(samples: Samples) -> list[int] | None:
+    return None if samples.labels is None else samples.labels.tolist()
+
+
+def refused(error: type[Exception], spec: str | dict[str, Any], *parts: str, labeled: bool = True) -> None:
+    with pytest.raises(error) as caught:
+        open_source(spec, labeled=labeled)
+    missing = [part for part in parts if part not in str(caught.value)]
+    assert not missing, f"{missing} not in: {caught.value}"
+
+
+TREE = {"dog/1.jpg": "d1", "cat/deep/er/2.PNG": "c2", "cat/1.webp": "c1", "cat/notes.txt": "-", ".hidden/3.jpg": "-"}
+
+# folders
+
+
+def test_a_labeled_folder_takes_its_classes_from_its_folders(tmp_path: Path) -> None:
+    found = open_source(str(write(tmp_path, TREE)), labeled=True)
+    assert found.classes == ("cat", "dog")
+    assert contents(found) == ["c1", "c2", "d1"]
+    assert labels(found) == [0, 0, 1]
+    assert [found.key(i) for i in range(3)] == ["cat/1.webp", "cat/deep/er/2.PNG", "dog/1.jpg"]
+    assert found.where(2) == str(tmp_path / "dog/1.jpg")
+
+
+def test_an_unlabeled_folder_takes_all_images_and_no_classes(tmp_path: Path) -> None:
+    found = open_source({"folder": str(write(tmp_path, {**TREE, "0.jpeg": "top"}))}, labeled=False)
+    assert contents(found) == ["top", "c1", "c2", "d1"]
+    assert (found.labels, found.classes) == (None, None)
+
+
+def test_folders_are_cut_into_virtual_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(samples_module, "VIRTUAL_SHARD", 2)
+    assert open_source(str(write(tmp_path, TREE)), labeled=False).shard_sizes.tolist() == [2, 1]
+
+
+def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
+    write(tmp_path, {"far/1.jpg": "linked"})
+    (tmp_path / "near").mkdir()
+    (tmp_path / "near/link").symlink_to(tmp_path / "far")
+    assert contents(open_source(str(tmp_path / "near"), labeled=False)) == ["linked"]
+    (tmp_path / "near/circle").symlink_to(tmp_path / "near")
+    refused(DataError, str(tmp_path / "near"), "link to a folder above it", labeled=False)
+
+
+def test_a_broken_link_is_named(tmp_path: Path) -> None:
+    (tmp_path / "1.jpg").symlink_to(tmp_path / "gone")
+    refused(DataError, str(tmp_path), "1.jpg", "No such file", labeled=False)
+
+
+@pytest.mark.parametrize(
+    ("files", "labeled", "parts"),
+    [
+        ({"notes.md": ""}, False, [".jpg, .jpeg, .png, .webp"]),
+        ({"1.jpg": ""}, True, ["one sub-folder per class", "1 images and no sub-folder"]),
+        ({"1.jpg": "", "cat/2.jpg": ""}, True, ["got 1 beside them, first 1.jpg"]),
+        ({"cat/1.jpg": "", "cow/.keep": ""}, True, ["of class 'cow', got none"]),
+    ],
+)
+def test_folders_that_hold_something_else_are_refused(
+    tmp_path: Path, files: dict[str, str], labeled: bool, parts: list[str]
+) -> None:
+    refused(DataError, str(write(tmp_path, files)), str(tmp_path), *parts, labeled=labeled)
+
+
+def test_the_identity_follows_names_sizes_times_and_labels_but_not_the_place(tmp_path: Path) -> None:
+    def identity(labeled: bool = True, root: Path = tmp_path / "a") -> str:
+        return open_source(str(root), labeled=labeled).identity
+
+    write(tmp_path / "a", {"cat/1.jpg": "x", "dog/1.jpg": "y"})
+    os.utime(tmp_path / "a/cat/1.jpg", ns=(0, 5))
+    seen = [identity(), identity(labeled=False)]
+    (tmp_path / "a").rename(tmp_path / "b")
+    assert identity(root=tmp_path / "b") == seen[0]
+    (tmp_path / "b").rename(tmp_path / "a")
+    os.utime(tmp_path / "a/cat/1.jpg", ns=(0, 6))
+    seen.append(identity())
+    (tmp_path / "a/cat").rename(tmp_path / "a/cow")
+    seen.append(identity())
+    assert len(set(seen)) == len(seen)
+
+
+@pytest.mark.parametrize("change", [lambda path: path.write_bytes(b"longer"), Path.unlink])
+def test_a_file_that_changed_since_is_named(tmp_path: Path, change) -> None:
+    found = open_source(str(write(tmp_path, TREE)), labeled=True)
+    change(tmp_path / "dog/1.jpg")
+    with pytest.raises(DataError, match=r"dog/1\.jpg: expected"):
+        found.read(2)
+
+
+# list files
+
+
+def test_a_list_file_splits_at_the_last_space(tmp_path: Path) -> None:
+    write(tmp_path, {"im/a b.jpg": "ab", "im/c.jpg": "c", "train.txt": "im/a b.jpg 1\n\nim/c.jpg 0\r\n"})
+    found = open_source(str(tmp_path / "train.txt"), labeled=True)
+    assert contents(found) == ["ab", "c"]
+    assert labels(found) == [1, 0]
+    assert found.classes is None
+    assert found.where(0) == str(tmp_path / "im/a b.jpg")
+
+
+def test_a_list_file_without_labels_with_a_root_and_with_classes(tmp_path: Path) -> None:
+    write(tmp_path, {"im/a b.jpg": "ab", "im/c.jpg": "c", "l/1.txt": "a b.jpg\nc.jpg nonsense\n", "l/2.txt": "c.jpg 1"})
+    root = str(tmp_path / "im")
+    assert contents(open_source({"list": str(tmp_path / "l/1.txt"), "root": root}, labeled=False)) == ["ab", "c"]
+    write(tmp_path, {"names.txt": "cat\nsea lion\n"})
+    spec = {"list": str(tmp_path / "l/2.txt"), "root": root, "classes": str(tmp_path / "names.txt")}
+    assert open_source(spec, labeled=True).classes == ("cat", "sea lion")
+
+
+@pytest.mark.parametrize(
+    ("lines", "parts"),
+    [
+        ("a.jpg 0\nb.jpg", [":2:", "got no label"]),
+        ("a.jpg 0\nb", [":2:", "got no label"]),
+        ("a.jpg 0\nb.jpg cat", [":2:", "got 'cat'"]),
+        ("a.jpg -1", [":1:", "got '-1'"]),
+        ("a.jpg 1.0", [":1:", "got '1.0'"]),
+        ("a.jpg 2", [":1:", "label in [0, 1]", "got 2"]),
+        ("a.jpg 0\n\na.jpg 1", [":3:", "a.jpg as in line 1"]),
+        ("a.jpg 0\nx.jpg 0\ny.jpg 0\n", ["2 of 3 missing", "line 2: x.jpg, line 3: y.jpg"]),
+        ("a\0.jpg 0", ["1 of 1 missing"]),
+        ("\n", ["expected lines"]),
+    ],
+)
+def test_faults_of_a_list_are_named_by_line(tmp_path: Path, lines: str, parts: list[str]) -> None:
+    write(tmp_path, {"a.jpg": "", "b.jpg": "", "train.txt": lines, "names.txt": "cat\ndog"})
+    spec = {"list": str(tmp_path / "train.txt"), "classes": str(tmp_path / "names.txt")}
+    refused(DataError, spec, str(tmp_path / "train.txt"), *parts)
+
+
+@pytest.mark.parametrize(
+    ("names", "part"),
+    [(b"cat\n\ndog", ":2:"), (b"cat\ncat", ":2:"), (b"", ":1:"), (b"\xff\xfe", "UTF-8"), (None, "no such file")],
+)
+def test_faults_of_a_classes_file_are_named(tmp_path: Path, names: bytes | None, part: str) -> None:
+    write(tmp_path, {"a.jpg": "", "train.txt": "a.jpg 0", **({} if names is None else {"names.txt": names})})
+    spec = {"list": str(tmp_path / "train.txt"), "classes": str(tmp_path / "names.txt")}
+    refused(DataError, spec, str(tmp_path / "names.txt"), part)
+
+
+# shards
+
+SHARDS = {"0.tar": {"a.jpg": "a0", "a.cls": "1"}, "1.tar": {"a.cls": "0", "a.png": "a1", "b.jpg": "b1", "b.cls": "1"}}
+
+
+def write_shards(root: Path, shards: Mapping[str, Mapping[str, str]] = SHARDS) -> Path:
+    for name, members in shards.items():
+        write_tar(root / name, members)
+    return root
+
+
+@pytest.mark.parametrize("spec", ["{root}", "{root}/{{0..1}}.tar", "{root}/{{0,1}}.tar"])
+def test_shards_by_folder_or_pattern(tmp_path: Path, spec: str) -> None:
+    write(write_shards(tmp_path), {"classes.txt": "cat\ndog\n", "README": ""})
+    found = open_source(spec.format(root=tmp_path), labeled=True)
+    assert contents(found) == ["a0", "a1", "b1"]
+    assert labels(found) == [1, 0, 1]
+    assert found.classes == ("cat", "dog")
+    assert found.shard_sizes.tolist() == [1, 2]
+    assert [found.key(i) for i in range(3)] == ["0/a", "1/a", "1/b"]
+    assert found.where(1) == "1.tar: a.png"
+
+
+def test_one_shard_in_another_folder_keeps_its_own_name(tmp_path: Path) -> None:
+    write_shards(tmp_path, {"x/0.tar": SHARDS["0.tar"], "y/0.tar": SHARDS["0.tar"]})
+    found = open_source(f"{tmp_path}/{{x,y}}/0.tar", labeled=False)
+    assert [found.key(i) for i in range(2)] == ["x/0/a", "y/0/a"]
+    assert open_source(f"{tmp_path}/x/0.tar", labeled=False).key(0) == "0/a"
+
+
+def test_unlabeled_shards_need_no_label_and_read_none(tmp_path: Path) -> None:
+    write_shards(tmp_path, {"0.tar": {"a.jpg": "a", "a.cls": "cat", "b.jpg": "b"}})
+    found = open_source(str(tmp_path / "0.tar"), labeled=False)
+    assert contents(found) == ["a", "b"]
+    assert (found.labels, found.classes) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("members", "parts"),
+    [
+        ({"a.jpg": "", "a.cls": "cat"}, ["0.tar: a.jpg", "got 'cat'"]),
+        ({"a.jpg": "", "a.cls": "-1"}, ["0.tar: a.jpg", "got '-1'"]),
+        ({"a.jpg": "", "a.cls": "0", "b.jpg": ""}, ["0.tar: b.jpg", "no such member", "1 of 2"]),
+        ({"a.jpg": "", "a.cls": "2"}, ["0.tar: a.jpg", "label in [0, 1]", "classes.txt", "got 2"]),
+    ],
+)
+def test_labels_in_shards_are_checked(tmp_path: Path, members: dict[str, str], parts: list[str]) -> None:
+    write(write_shards(tmp_path, {"0.tar": members}), {"classes.txt": "cat\ndog"})
+    refused(DataError, str(tmp_path / "0.tar"), *parts)
+
+
+def test_shards_that_are_missing_or_named_twice(tmp_path: Path) -> None:
+    write_shards(tmp_path)
+    refused(DataError, f"{tmp_path}/{{0..5}}.tar", "expected 6 shards, got 4 missing", "2.tar", ", …")
+    refused(RecipeError, f"{tmp_path}/{{0,0}}.tar", "every shard once")
+    refused(RecipeError, f"{tmp_path}/{{0..1.tar", "braces in pairs")
+    refused(DataError, {"shards": str(write(tmp_path / "empty", {"x.jpg": ""}))}, "a folder of .tar shards")
+
+
+def test_a_shard_that_changed_since_is_named(tmp_path: Path) -> None:
+    found = open_source(str(write_shards(tmp_path)), labeled=True)
+    write_tar(tmp_path / "1.tar", {"a.jpg": "x" * 20000})
+    with pytest.raises(DataError, match=r"1\.tar: b\.jpg: expected a shard of"):
+        found.read(2)
+    (tmp_path / "1.tar").unlink()
+    with pytest.raises(DataError, match=r"1\.tar: b\.jpg: expected to read"):
+        found.read(2)
+
+
+def test_many_threads_read_the_right_bytes(tmp_path: Path) -> None:
+    members = {f"{i}.jpg": f"image {i}" * (i % 7) for i in range(200)}
+    found = open_source(str(write_tar(tmp_path / "s.tar", members)), labeled=False)
+    order = np.random.default_rng(0).permutation(np.repeat(np.arange(200), 5)).tolist()
+    with ThreadPoolExecutor(8) as threads:
+        read = list(threads.map(found.read, order))
+    assert read == [members[f"{i}.jpg"].encode() for i in order]
+
+
+def test_tar_identity_is_kept_by_the_cache_and_lost_by_a_change(tmp_path: Path) -> None:
+    def identity(labeled: bool = True) -> str:
+        return open_source(str(tmp_path), labeled=labeled).identity
+
+    write_shards(tmp_path)
+    first = identity()
+    assert identity() == first
+    assert identity(labeled=False) != first
+    os.utime(tmp_path / "0.tar", ns=(0, 1))
+    assert identity() != first
+
+
+# what a spec may say
+
+
+@pytest.mark.parametrize("spec", ["pipe:cat x", "s3://bucket/x-{0..1}.tar", "http://host/x.tar", "file:///x", "gs://x"])
+@pytest.mark.parametrize("wrap", [lambda spec: spec, lambda spec: {"shards": spec}, lambda spec: {"folder": spec}])
+def test_schemes_are_refused_with_what_is_supported(spec: str, wrap) -> None:
+    refused(RecipeError, wrap(spec), spec, f"scheme {spec.split(':')[0]}:", "local paths only")
+
+
+def test_a_folder_with_a_colon_is_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, {"v1:raw/a.jpg": "a"})
+    assert contents(open_source("v1:raw", labeled=False)) == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "parts"),
+    [
+        ({}, ["exactly one of folder, list, shards, builtin", "got nothing"]),
+        ({"foldr": "x"}, ["did you mean 'folder'?"]),
+        ({"folder": "x", "list": "y"}, ["got folder and list"]),
+        ({"list": "x", "rooot": "y"}, ["got rooot", "did you mean 'root'?"]),
+        ({"folder": "x", "classes": "y"}, ["only the keys folder", "got classes"]),
+        ({"folder": 3}, ["expected text for folder, got 3"]),
+    ],
+)
+def test_mappings_that_say_nothing_known(spec: dict[str, Any], parts: list[str]) -> None:
+    refused(RecipeError, spec, *parts)
+
+
+def test_a_missing_path_names_the_nearest(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    refused(DataError, str(tmp_path / "imagse"), "imagse", "did you mean 'images'?")
+    refused(DataError, str(tmp_path / "no/where"), f"nor is {tmp_path / 'no'} there")
+
+
+def test_a_wrong_kind_is_told(tmp_path: Path) -> None:
+    write(tmp_path, {"train.txt": "a.jpg 0"})
+    refused(DataError, {"folder": str(tmp_path / "train.txt")}, "expected a folder, got a file")
+    refused(DataError, {"list": str(tmp_path)}, "expected a list file, got a folder")
