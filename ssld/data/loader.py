@@ -1,0 +1,220 @@
+"""Batches of views: decoded in ordered threads, endless for training and one pass for evaluation.
+
+Threads, not processes: Pillow releases the lock of the interpreter, and a thread can neither be orphaned nor lose a
+random state, because there is none: the view of a sample is a function of the seed, its key and the epoch.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, field
+from itertools import count, islice
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+from PIL import Image
+
+from ssld.data.images import decode
+from ssld.data.order import Order
+from ssld.data.transforms import Pipeline
+from ssld.errors import DataError
+from ssld.seeds import derive
+
+if TYPE_CHECKING:
+    from ssld.data.samples import Samples
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Some samples, rendered.
+
+    step: training step, or number of the batch in an evaluation; images: per pipeline, uint8 [B, S, S, 3];
+    labels: int64 [B], None for a pool; indices: int64 [B] into the samples; keys: their names.
+    """
+
+    step: int
+    images: tuple[np.ndarray, ...]
+    labels: np.ndarray | None
+    indices: np.ndarray
+    keys: tuple[str, ...]
+
+
+@dataclass
+class Damage:
+    """The damaged images of one set, each counted once. found: place and reason, by the sample's index."""
+
+    budget: int
+    found: dict[int, str] = field(default_factory=dict)
+
+    def add(self, index: int, where: str, error: DataError) -> None:
+        """Count one image. Raises DataError, from `error`, when the budget is exceeded."""
+        self.found[index] = f"{where}: {error}"
+        if len(self.found) > self.budget:
+            raise DataError(
+                f"expected at most {self.budget} damaged images, got {len(self.found)}; the last is "
+                f"{self.found[index]}; replace it or take it out of the data"
+            ) from error
+
+
+def training_batches(
+    samples: Samples,
+    pipelines: tuple[Pipeline, ...],
+    *,
+    batch_size: int,
+    seed: int,
+    start: int = 0,
+    window: int | None = None,
+    workers: int = 2,
+    ahead: int = 4,
+    damage: Damage,
+) -> Generator[Batch, None, None]:
+    """Endless full batches from step `start` on; what a step holds does not depend on where one starts.
+
+    The first pipeline draws a view, with derive(seed, key, epoch), and each renders it: the same crop and flip at
+    every size. Pipelines that make equal pixels share one array. A damaged image is counted, and the next readable
+    sample of the set, with its own key, label and view, takes its slot.
+
+    window: shards open at once, None for all; workers: threads, 0 for none; ahead: batches decoded in advance.
+    Closing the generator ends its threads. Raises DataError: more damage than the budget, nothing readable, or
+    operators that end at another size; ValueError where the pipelines cannot share a view.
+    """
+    order = Order(samples.shard_sizes, seed, window)
+    distinct, slots = _distinct(pipelines)
+    requests = (
+        _Request(int(index), seed, int(epoch))
+        for step in count(start)
+        for index, epoch in zip(*order.batch(step, batch_size), strict=True)
+    )
+    loader = _Loader(samples, distinct, tries=min(damage.budget + 1, len(samples)))
+    loaded = _in_order(loader.load, requests, workers, ahead * batch_size)
+    return _batches(samples, loaded, slots, batch_size, start, damage)
+
+
+def evaluation_batches(
+    samples: Samples, pipeline: Pipeline, *, batch_size: int, workers: int = 2, ahead: int = 4, damage: Damage
+) -> Generator[Batch, None, None]:
+    """One pass in the order of the indices; the last batch may be short.
+
+    A damaged image is counted and left out, so that no other one counts twice. An operator that draws would show
+    each sample in one fixed view. Threads and errors are as in `training_batches`.
+    """
+    requests = (_Request(index, seed=0, epoch=0) for index in range(len(samples)))
+    loaded = _in_order(_Loader(samples, (pipeline,), tries=1).load, requests, workers, ahead * batch_size)
+    return _batches(samples, loaded, (0,), batch_size, 0, damage)
+
+
+@dataclass(frozen=True)
+class _Request:
+    """One slot of a batch: the sample that is wanted, and what its view depends on besides its key."""
+
+    index: int
+    seed: int
+    epoch: int
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """A filled slot: the sample that was readable, its views, and the damaged ones that were met before it.
+
+    views: one per distinct pipeline; empty where no sample that was tried was readable.
+    """
+
+    index: int
+    views: tuple[np.ndarray, ...]
+    damaged: tuple[tuple[int, DataError], ...]
+
+
+@dataclass(frozen=True)
+class _Loader:
+    """What the threads share, and only read. tries: samples tried for one slot, from the wanted one on."""
+
+    samples: Samples
+    pipelines: tuple[Pipeline, ...]
+    tries: int
+
+    def load(self, request: _Request) -> _Loaded:
+        damaged: list[tuple[int, DataError]] = []
+        for index in range(request.index, request.index + self.tries):
+            index %= len(self.samples)
+            # Outside of the `try`: a shard that cannot be read is no damaged image, and stops the run by its name.
+            data = self.samples.read(index)
+            try:
+                image = decode(data)
+            except DataError as error:
+                damaged.append((index, error))
+            else:
+                return _Loaded(index, self._render(image, index, request), tuple(damaged))
+        return _Loaded(request.index, (), tuple(damaged))
+
+    def _render(self, image: Image.Image, index: int, request: _Request) -> tuple[np.ndarray, ...]:
+        seed = derive(request.seed, self.samples.key(index), request.epoch)
+        view = self.pipelines[0].draw(*image.size, seed)
+        return tuple(pipeline.render(image, view) for pipeline in self.pipelines)
+
+
+def _distinct(pipelines: tuple[Pipeline, ...]) -> tuple[tuple[Pipeline, ...], tuple[int, ...]]:
+    """The pipelines that make different pixels, and for each one given its place among them."""
+    kinds = {tuple(type(step).__name__ for step in pipeline.steps) for pipeline in pipelines}
+    if len(kinds) != 1:
+        raise ValueError(f"expected pipelines of the same operators, because they share a view, got {sorted(kinds)}")
+    pixels = [(pipeline.steps, pipeline.resolution) for pipeline in pipelines]
+    places = {pixel: place for place, pixel in enumerate(dict.fromkeys(pixels))}
+    return tuple(pipelines[pixels.index(pixel)] for pixel in places), tuple(places[pixel] for pixel in pixels)
+
+
+def _in_order(function: Callable[[T], R], items: Iterable[T], workers: int, ahead: int) -> Generator[R, None, None]:
+    """`map`, in threads: the results in the order of the items, at most `ahead` of them in advance."""
+    if workers == 0:
+        yield from map(function, items)
+        return
+    waiting_items = iter(items)
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="ssld-decode")
+    try:
+        futures = deque(pool.submit(function, item) for item in islice(waiting_items, max(1, ahead)))
+        while futures:
+            yield futures.popleft().result()
+            futures.extend(pool.submit(function, item) for item in islice(waiting_items, 1))
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _batches(
+    samples: Samples,
+    loaded: Generator[_Loaded, None, None],
+    slots: tuple[int, ...],
+    batch_size: int,
+    start: int,
+    damage: Damage,
+) -> Generator[Batch, None, None]:
+    with closing(loaded):
+        readable = _readable(samples, loaded, damage)
+        for step in count(start):
+            batch = list(islice(readable, batch_size))
+            if not batch:
+                return
+            yield _batch(samples, step, batch, slots)
+
+
+def _readable(samples: Samples, loaded: Iterable[_Loaded], damage: Damage) -> Iterator[_Loaded]:
+    """Count the damage in the order of the slots, never in the order of the threads, and pass on what was filled."""
+    for item in loaded:
+        for index, error in item.damaged:
+            damage.add(index, samples.where(index), error)
+        if len(damage.found) == len(samples):
+            raise DataError(f"expected a readable image in {samples.name}, got {len(samples)} damaged ones")
+        if item.views:
+            yield item
+
+
+def _batch(samples: Samples, step: int, loaded: list[_Loaded], slots: tuple[int, ...]) -> Batch:
+    indices = np.array([item.index for item in loaded], np.int64)
+    images = [np.stack(views) for views in zip(*(item.views for item in loaded), strict=True)]
+    labels = None if samples.labels is None else samples.labels[indices]
+    keys = tuple(samples.key(item.index) for item in loaded)
+    return Batch(step, tuple(images[slot] for slot in slots), labels, indices, keys)
