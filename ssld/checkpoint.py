@@ -1,0 +1,210 @@
+"""Checkpoints: the only file that writes or reads them, and that reads weights.
+
+A root (a stage's directory in a run) holds one directory per kept step, and links such as `latest` and `best`:
+
+    step-00001234/
+        student.safetensors, optimizer.safetensors, …   one file per group of tensors
+        state.json                                      format, step, and the caller's own state
+        manifest.json                                   size and sha256 of each of the others; written last
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+from safetensors import SafetensorError
+
+from ssld import files
+from ssld.errors import CheckpointError
+
+FORMAT = 1
+STUDENT = "student"
+HEADER_LIMIT = 8 * 2**20
+"""Bytes; a header of a hundred thousand names costs minutes to parse, and no network here has a tenth of that."""
+SHOWN = 5
+_STATE = "state.json"
+_STEP = re.compile(r"(?:\.new-)?step-(\d{8,})")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was whole when it was opened; state is what `save` was given."""
+
+    path: Path
+    step: int
+    state: Mapping[str, Any]
+    committed: files.Committed
+
+    def tensors(self, name: str) -> dict[str, np.ndarray]:
+        """One group of tensors by name, read from the disk and checked again. Raises CheckpointError."""
+        file = f"{name}.safetensors"
+        return _decode(self.committed.read(file), self.path / file)
+
+
+def save(
+    root: Path, step: int, tensors: Mapping[str, Mapping[str, np.ndarray]], state: Mapping[str, Any]
+) -> Checkpoint:
+    """Commit the groups of tensors and the JSON state as the checkpoint of this step, in place of an older one.
+
+    Equal input gives equal bytes. Raises OutputError or StorageError when it cannot be written: the older checkpoints
+    are then untouched; ValueError or TypeError for a state that is not JSON (NaN is not).
+    """
+    document = {"format": FORMAT, "step": step, "state": state}
+    contents = {f"{name}.safetensors": _encode(group, name) for name, group in tensors.items()}
+    contents[_STATE] = (json.dumps(document, sort_keys=True, allow_nan=False, indent=1) + "\n").encode()
+    return _opened(files.commit_directory(_directory(root, step), contents), contents[_STATE])
+
+
+def load(path: Path) -> Checkpoint:
+    """One checkpoint by its directory, or by a link to it. Raises CheckpointError that says what is damaged."""
+    committed = files.verify(path.resolve())
+    return _opened(committed, committed.read(_STATE))
+
+
+def latest(root: Path, report: Callable[[str], None]) -> Checkpoint | None:
+    """The newest whole checkpoint by step number; None where none was ever saved.
+
+    A damaged one is passed over, and `report` is told. Raises CheckpointError when all are damaged, since to begin
+    anew would hide the loss.
+    """
+    found = steps(root)
+    for step in reversed(found):
+        try:
+            return load(_directory(root, step))
+        except CheckpointError as error:
+            report(f"passed over the checkpoint of step {step:,}: {error}")
+    if found:
+        raise CheckpointError(
+            f"expected a whole checkpoint in {root}, got {len(found)} that are all damaged (step "
+            f"{', '.join(map(str, found))}); restore one from a copy, or delete {root} to begin this stage anew"
+        )
+    return None
+
+
+def steps(root: Path) -> list[int]:
+    """The steps that have a checkpoint, damaged ones included, in rising order."""
+    if not root.is_dir():
+        return []
+    matches = (_STEP.fullmatch(path.name) for path in root.iterdir() if path.is_dir())
+    return sorted({int(match[1]) for match in matches if match})
+
+
+def retain(root: Path, keep: Collection[int]) -> None:
+    """Remove the checkpoints of all other steps."""
+    for step in steps(root):
+        if step not in keep:
+            files.discard(_directory(root, step))
+
+
+def point(root: Path, name: str, step: int) -> None:
+    """Make root/name a relative link to the checkpoint of the step, in place of an older link."""
+    files.link_atomic(root / name, _directory(root, step).name)
+
+
+def read_weights(path: Path) -> dict[str, np.ndarray]:
+    """Weights by name from a .safetensors file, a checkpoint (its student), or a root of checkpoints (the newest).
+
+    Raises CheckpointError; a damaged newest checkpoint is not passed over, as an older one gives other weights.
+    """
+    if path.suffix == ".pdparams":
+        raise CheckpointError(_pickled(path))
+    if not path.is_dir():
+        return _decode(_content(path), path)
+    found = steps(path)
+    return load(_directory(path, found[-1]) if found else path).tensors(STUDENT)
+
+
+def fit_weights(weights: Mapping[str, np.ndarray], wanted: Mapping[str, tuple[int, ...]], what: str) -> None:
+    """Check that the weights have just the names and shapes of the network. Raises CheckpointError with both sides.
+
+    what: the weights and the network in words, the subject of the message.
+    """
+    missing = [f"{key} {list(wanted[key])}" for key in wanted if key not in weights]
+    unknown = [f"{key} {list(weights[key].shape)}" for key in weights if key not in wanted]
+    reshaped = [
+        f"{key} {list(shape)} in the network, {list(weights[key].shape)} in the file"
+        for key, shape in wanted.items()
+        if key in weights and weights[key].shape != tuple(shape)
+    ]
+    lines = [
+        *_listed("-", "in the network, not in the file", missing),
+        *_listed("+", "in the file, not in the network", unknown),
+        *_listed("~", "of another shape", reshaped),
+    ]
+    if lines:
+        head = f"{what}: expected the {len(wanted)} tensors of the network, got {len(weights)} that do not match"
+        foot = "name the network and the number of classes that the weights were made with"
+        raise CheckpointError("\n".join([head, *lines, foot]))
+
+
+def _directory(root: Path, step: int) -> Path:
+    return root / f"step-{step:08d}"
+
+
+def _opened(committed: files.Committed, state: bytes) -> Checkpoint:
+    document = json.loads(state)
+    if document["format"] != FORMAT:
+        raise CheckpointError(
+            f"{committed.directory / _STATE}: expected format {FORMAT}, got {document['format']}; "
+            "use the version of ssld that wrote it"
+        )
+    return Checkpoint(committed.directory, document["step"], document["state"], committed)
+
+
+def _listed(sign: str, meaning: str, lines: list[str]) -> list[str]:
+    head = [f"{len(lines)} {meaning}:"] if lines else []
+    rest = [f"  {sign} … and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
+    return [*head, *(f"  {sign} {line}" for line in lines[:SHOWN]), *rest]
+
+
+def _encode(group: Mapping[str, np.ndarray], name: str) -> bytes:
+    # safetensors writes the memory as it lies; ascontiguousarray would give a scalar a dimension
+    arrays = {key: np.asarray(array, order="C") for key, array in group.items()}
+    try:
+        return safetensors.numpy.save(arrays)
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"expected tensors of numbers in {name}, got one that cannot be stored: {error}"
+        ) from error
+
+
+def _decode(data: bytes, where: Path) -> dict[str, np.ndarray]:
+    length = int.from_bytes(data[:8], "little")
+    if len(data) < 8 or length > HEADER_LIMIT:
+        got = f"{len(data)} bytes" if len(data) < 8 else f"one that announces a header of {length:,} bytes"
+        raise CheckpointError(f"expected a safetensors file (header up to {HEADER_LIMIT:,} bytes), got {got}: {where}")
+    try:
+        return safetensors.numpy.load(data)
+    except SafetensorError as error:
+        raise CheckpointError(f"expected a whole safetensors file, got a damaged one: {where}: {error}") from error
+    except KeyError as error:
+        raise CheckpointError(
+            f"expected tensors of a type that numpy has, got {error} in {where}; convert them to float32"
+        ) from error
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"expected a weights file or a checkpoint, got {path}: {error.strerror}") from error
+
+
+def _pickled(path: Path) -> str:
+    source, target = (json.dumps(str(name), ensure_ascii=False) for name in (path, path.with_suffix(".safetensors")))
+    code = (
+        "import paddle; from safetensors.paddle import save_file; "
+        f"save_file({{k: v.contiguous() for k, v in paddle.load({source}).items()}}, {target})"
+    )
+    return (
+        f"expected a .safetensors file, got {path}: a .pdparams file is a pickle, which can run code when it is "
+        f"opened; convert one that you trust with: python -c {shlex.quote(code)}"
+    )
