@@ -10,7 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ import safetensors.numpy
 from ssld import checkpoint, files
 from ssld.errors import CheckpointError, StorageError
 
-Operation = tuple[str, tuple[Any, ...]]
 STEP = 7
 DIRECTORY = "step-00000007"
 
@@ -149,77 +148,6 @@ def test_a_fault_at_any_operation_of_retain_keeps_what_was_to_be_kept(
         assert same(newest(root), NEW)
         assert all(checkpoint.load(root / f"step-{step:08d}") for step in checkpoint.steps(root))
         restore(root, *saved)
-
-
-class Recorder:
-    """A disk that does everything and notes it."""
-
-    def __init__(self) -> None:
-        self.operations: list[Operation] = []
-
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        def operation(*arguments: Any) -> None:
-            self.operations.append((name, arguments))
-            getattr(files.Disk(), name)(*arguments)
-
-        return operation
-
-
-def power_cuts(operations: Sequence[Operation]) -> Iterator[tuple[bool, list[Operation]]]:
-    """Every state that a power cut may leave, as (was save acknowledged, the operations that count).
-
-    Changes of names after the last sync of a directory may be lost from some point on; the content of a file that
-    was not synced may be there wholly, by half, or not at all.
-    """
-    for crash in range(len(operations) + 1):
-        done = operations[:crash]
-        durable = max((i + 1 for i, (name, _) in enumerate(done) if name == "fsync_directory"), default=0)
-        synced = {arguments[0] for name, arguments in done if name == "fsync"}
-        for kept, part in itertools.product(range(durable, crash + 1), (1.0, 0.5, 0.0)):
-            yield crash == len(operations), [cut(operation, synced, part) for operation in done[:kept]]
-
-
-def cut(operation: Operation, synced: set[Path], part: float) -> Operation:
-    name, arguments = operation
-    if name != "write" or arguments[0] in synced:
-        return operation
-    return name, (arguments[0], arguments[1][: int(len(arguments[1]) * part)])
-
-
-def violations(operations: Sequence[Operation], root: Path, before: Path) -> int:
-    """How many of the states after a power cut break the promise: the old or the new; the new once acknowledged."""
-    return sum(
-        not kept_promise(acknowledged, survivors, root, before) for acknowledged, survivors in power_cuts(operations)
-    )
-
-
-def kept_promise(acknowledged: bool, survivors: Iterable[Operation], root: Path, before: Path) -> bool:
-    shutil.rmtree(root)
-    shutil.copytree(before, root)
-    for name, arguments in survivors:
-        if not name.startswith("fsync"):
-            getattr(files.Disk(), name)(*arguments)
-    reports: list[str] = []
-    found = checkpoint.latest(root, reports.append)
-    return not reports and found is not None and (same(found, NEW) or (not acknowledged and same(found, OLD)))
-
-
-def test_a_power_cut_leaves_the_old_or_the_new_and_an_acknowledged_save_stays(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    root, before = tmp_path / "root", tmp_path / "before"
-    restore(root, (3, OLDER), (STEP, OLD))
-    shutil.copytree(root, before)
-    disk = Recorder()
-    monkeypatch.setattr(files, "disk", disk)
-    checkpoint.save(root, STEP, **NEW)
-    operations = disk.operations
-    assert violations(operations, root, before) == 0
-    # the model must notice what each precaution is for
-    assert violations([entry for entry in operations if entry[0] != "fsync"], root, before) > 0
-    assert violations([entry for entry in operations if entry[0] != "fsync_directory"], root, before) > 0
-    aside = next(entry for entry in operations if entry[0] == "rename" and entry[1][0] == root / DIRECTORY)
-    assert violations([aside, *(entry for entry in operations if entry is not aside)], root, before) > 0
 
 
 @pytest.mark.parametrize("file", ["student.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
