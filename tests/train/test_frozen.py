@@ -1,0 +1,239 @@
+"""The engine against the layer it was exported from, and what must not change around it."""
+
+import hashlib
+import tempfile
+import threading
+
+import numpy as np
+import paddle
+import pytest
+from paddle import nn
+
+from ssld.errors import DataError, SsldError
+from ssld.train.frozen import Frozen, _eager
+
+SIZE = 16
+
+
+def network(seed=0, classes=5):
+    """A convolution, batch norm with statistics of its own, dropout, a classifier; some parts frozen in eval mode."""
+    paddle.seed(seed)
+    layer = nn.Sequential(
+        nn.Conv2D(3, 8, 3, stride=2, padding=1),
+        nn.BatchNorm2D(8),
+        nn.Hardswish(),
+        nn.Sequential(nn.Conv2D(8, 8, 3, padding=1, groups=8), nn.BatchNorm2D(8)),
+        nn.AdaptiveAvgPool2D(1),
+        nn.Flatten(),
+        nn.Dropout(0.5, mode="downscale_in_infer"),
+        nn.Linear(8, classes),
+    )
+    for norm in (layer[1], layer[3][1]):
+        norm._mean.set_value(paddle.randn([8]) / 4)
+        norm._variance.set_value(paddle.rand([8]) + 0.5)
+    layer[3].eval()
+    return layer
+
+
+def images(count, seed=0):
+    return np.random.default_rng(seed).normal(size=(count, 3, SIZE, SIZE)).astype(np.float32)
+
+
+def expected(layer, batch):
+    """The layer's own answer, in eval mode; it is left there."""
+    layer.eval()
+    with paddle.no_grad():
+        return layer(paddle.to_tensor(batch)).numpy()
+
+
+def digest(layer):
+    arrays = [tensor.numpy() for tensor in layer.state_dict().values()]
+    return hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def layer():
+    return network()
+
+
+@pytest.fixture(scope="module")
+def frozen(layer):
+    return Frozen(layer, SIZE)
+
+
+@pytest.mark.parametrize("count", [1, 3, 20])
+def test_answers_as_the_layer_does(layer, frozen, count):
+    logits = frozen(images(count))
+    assert logits.dtype == np.float32
+    assert logits.shape == (count, 5)
+    np.testing.assert_allclose(logits, expected(layer, images(count)), atol=1e-5)
+
+
+def test_the_bits_of_a_sample_do_not_depend_on_its_batch(frozen):
+    batch = images(64)
+    together = frozen(batch)
+    for size in (1, 7):
+        parts = [frozen(batch[start : start + size]) for start in range(0, 64, size)]
+        np.testing.assert_array_equal(np.concatenate(parts), together)
+
+
+def test_the_bits_do_not_depend_on_threads(layer, frozen):
+    np.testing.assert_array_equal(Frozen(layer, SIZE, threads=2)(images(16)), frozen(images(16)))
+
+
+def test_any_memory_layout_is_taken(frozen):
+    batch = images(4)
+    turned = np.ascontiguousarray(batch.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
+    assert not turned.flags.c_contiguous
+    np.testing.assert_array_equal(frozen(turned), frozen(batch))
+
+
+def test_an_answer_is_the_callers_own(frozen):
+    first = frozen(images(4))
+    kept = first.copy()
+    frozen(images(4, seed=1))
+    np.testing.assert_array_equal(first, kept)
+    assert first.flags.owndata
+    assert first.flags.c_contiguous
+    assert first.flags.writeable
+
+
+def test_the_layer_stays_as_it_was():
+    layer = network()
+    modes = [part.training for part in layer.sublayers(include_self=True)]
+    before, forward = digest(layer), layer.forward
+    trainable = [not weight.stop_gradient for weight in layer.parameters()]
+    Frozen(layer, SIZE)(images(2))
+    assert [part.training for part in layer.sublayers(include_self=True)] == modes
+    assert len(set(modes)) == 2
+    assert digest(layer) == before
+    assert layer.forward == forward
+    assert [not weight.stop_gradient for weight in layer.parameters()] == trainable
+    assert all(weight.grad is None for weight in layer.parameters())
+
+
+def test_randomness_goes_on_as_if_nothing_had_happened():
+    layer = network()
+    draws = []
+    for build in (False, True):
+        paddle.seed(3)
+        np.random.seed(3)
+        if build:
+            Frozen(layer, SIZE)(images(2))
+        draws.append((paddle.rand([8]).tolist(), np.random.rand(8).tolist()))
+    assert draws[0] == draws[1]
+
+
+def test_the_snapshot_stays_while_the_layer_trains_on():
+    layer = network()
+    frozen = Frozen(layer, SIZE)
+    before = expected(layer, images(4))
+    layer(paddle.to_tensor(images(4))).sum().backward()
+    paddle.optimizer.SGD(10.0, parameters=layer.parameters()).step()
+    assert not np.allclose(expected(layer, images(4)), before, atol=0.1)
+    np.testing.assert_allclose(frozen(images(4)), before, atol=1e-5)
+
+
+def test_two_networks_do_not_mix():
+    layers = [network(seed) for seed in (1, 2)]
+    engines = [Frozen(layer, SIZE) for layer in layers]
+    for batch in (images(3), images(5, seed=9)):
+        for layer, engine in zip(layers, engines, strict=True):
+            np.testing.assert_allclose(engine(batch), expected(layer, batch), atol=1e-5)
+
+
+def test_runs_in_threads_that_did_not_make_it(frozen):
+    batches = [images(count, seed=count) for count in (1, 4, 9, 16)]
+    wanted = [frozen(batch) for batch in batches]
+    wrong = []
+
+    def ask(number):
+        for _ in range(20):
+            if not np.array_equal(frozen(batches[number]), wanted[number]):
+                wrong.append(number)
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def product():
+    """A matrix product large enough that its bits depend on the number of threads."""
+    paddle.seed(0)
+    return paddle.matmul(paddle.randn([300, 2000]), paddle.randn([2000, 300])).numpy()
+
+
+def test_the_threads_of_the_process_stay(layer):
+    before = product()
+    frozen = Frozen(layer, SIZE, threads=2)
+    np.testing.assert_array_equal(product(), before)
+    frozen(images(2))
+    np.testing.assert_array_equal(product(), before)
+
+
+def test_leaves_no_files(layer, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    frozen = Frozen(layer, SIZE)
+    assert list(tmp_path.iterdir()) == []
+    np.testing.assert_allclose(frozen(images(2)), expected(layer, images(2)), atol=1e-5)
+
+
+class Treacherous(nn.Layer):
+    """Answers near `level` when asked eagerly, and something else in an export."""
+
+    def __init__(self, level, exported):
+        super().__init__()
+        self.head = nn.Linear(3, 4)
+        self.level, self.exported = level, exported
+
+    def forward(self, x):
+        logits = self.head(x.mean(axis=[2, 3])) + self.level
+        return logits if paddle.in_dynamic_mode() else self.exported(logits)
+
+
+@pytest.mark.parametrize(
+    ("level", "exported"),
+    [
+        (0.0, lambda logits: logits + 0.01),
+        (1.0, lambda logits: logits - 0.05),
+        (100.0, lambda logits: logits + 0.5),
+        (0.0, lambda logits: (logits - logits) / (logits - logits)),
+    ],
+    ids=["off by 0.01", "off by 0.05", "off by 0.5 of 100", "not a number"],
+)
+def test_a_wrong_engine_is_never_trusted(level, exported):
+    frozen = Frozen(Treacherous(level, exported), SIZE)
+    for _ in range(2):
+        with pytest.raises(SsldError, match="exported Treacherous to answer as the layer itself"):
+            frozen(images(12))
+
+
+@pytest.mark.parametrize(("level", "off"), [(0.0, 0.0005), (100.0, 0.05)])
+def test_the_tolerance_is_relative_to_the_largest_logit(level, off):
+    assert Frozen(Treacherous(level, lambda logits: logits + off), SIZE)(images(12)).shape == (12, 4)
+
+
+def test_eager_answers_the_same(layer, frozen):
+    """What a GPU runs."""
+    layer.eval()
+    np.testing.assert_allclose(_eager(layer)(images(6)), frozen(images(6)), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        np.zeros((2, 3, SIZE, SIZE)),
+        np.zeros((2, 3, SIZE, SIZE), np.uint8),
+        np.zeros((2, 3, SIZE, SIZE + 1), np.float32),
+        np.zeros((2, SIZE, SIZE, 3), np.float32),
+        np.zeros((3, SIZE, SIZE), np.float32),
+        np.zeros((0, 3, SIZE, SIZE), np.float32),
+    ],
+    ids=lambda batch: f"{batch.dtype}-{batch.shape}",
+)
+def test_other_input_is_refused(frozen, batch):
+    with pytest.raises(DataError, match=rf"float32 \[batch, 3, {SIZE}, {SIZE}\].*got {batch.dtype}"):
+        frozen(batch)

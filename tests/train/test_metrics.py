@@ -1,0 +1,104 @@
+import doctest
+import math
+
+import numpy as np
+import pytest
+
+from ssld.errors import DataError
+from ssld.train import metrics
+from ssld.train.metrics import top_k, wilson
+
+
+def sorted_top_k(logits, labels, k):
+    """The definition, by sorting: largest first, and of equal ones the smaller class."""
+    hits = 0
+    for row, label in zip(logits.tolist(), labels.tolist(), strict=True):
+        hits += label in sorted(range(len(row)), key=lambda c: (-row[c], c))[:k]
+    return hits / len(labels)
+
+
+@pytest.mark.parametrize("k", [1, 2, 5, 10])
+@pytest.mark.parametrize("levels", [2, 5, 10**6])
+def test_equals_sorting_also_with_ties(k, levels):
+    draw = np.random.default_rng(levels)
+    logits = draw.integers(0, levels, (200, 10)).astype(np.float32)
+    labels = draw.integers(0, 10, 200)
+    assert top_k(logits, labels, k) == pytest.approx(sorted_top_k(logits, labels, k), abs=1e-12)
+
+
+def test_equal_logits_count_as_the_answer_zero():
+    assert top_k(np.zeros((10, 10)), np.arange(10), 1) == 0.1
+    assert top_k(np.zeros((10, 10)), np.arange(10), 3) == 0.3
+
+
+def test_all_classes_hold_every_label():
+    draw = np.random.default_rng(0)
+    assert top_k(draw.normal(size=(50, 7)), draw.integers(0, 7, 50), 7) == 1.0
+
+
+def test_grows_with_k_and_ignores_the_order_of_samples():
+    draw = np.random.default_rng(1)
+    logits, labels = draw.normal(size=(300, 20)), draw.integers(0, 20, 300)
+    shares = [top_k(logits, labels, k) for k in range(1, 21)]
+    assert shares == sorted(shares)
+    order = draw.permutation(300)
+    assert shares == [top_k(logits[order], labels[order], k) for k in range(1, 21)]
+
+
+def test_infinite_logits_are_numbers():
+    logits = np.array([[-np.inf, 0.0, np.inf], [-np.inf, -np.inf, 0.0]])
+    assert top_k(logits, np.array([2, 1]), 1) == 0.5
+    assert top_k(logits, np.array([1, 0]), 2) == 1.0
+
+
+def test_nan_is_refused_with_the_sample():
+    logits = np.zeros((5, 3), np.float32)
+    logits[[2, 4], 1] = np.nan
+    with pytest.raises(DataError, match="2 of 5 samples, first for sample 2"):
+        top_k(logits, np.zeros(5, np.int64), 1)
+
+
+@pytest.mark.parametrize("label", [-100, -1, 3])
+def test_a_label_outside_the_classes_is_refused(label):
+    with pytest.raises(DataError, match=f"from 0 to 2, got {label};"):
+        top_k(np.zeros((2, 3)), np.array([0, label]), 1)
+
+
+@pytest.mark.parametrize(("logits", "labels"), [((0, 3), 0), ((2, 3), 3), ((6,), 6), ((2, 3, 1), 2)])
+def test_other_shapes_are_refused(logits, labels):
+    with pytest.raises(DataError, match="at least one sample"):
+        top_k(np.zeros(logits), np.zeros(labels, np.int64), 1)
+
+
+@pytest.mark.parametrize("z", [1.0, 1.96, 3.0])
+@pytest.mark.parametrize(("correct", "total"), [(0, 1), (1, 1), (0, 50), (50, 50), (7, 10), (400, 1000)])
+def test_the_bounds_solve_wilsons_equation(correct, total, z):
+    """A bound is a p from which the observed share lies z standard errors away: (share - p)^2 = z^2 p (1 - p) / n."""
+    share = correct / total
+    low, high = wilson(correct, total, z)
+    assert 0 <= low <= share <= high <= 1
+    for bound in (low, high):
+        assert (share - bound) ** 2 == pytest.approx(z * z * bound * (1 - bound) / total, abs=1e-12)
+    assert low < high
+
+
+def test_hits_and_misses_mirror_each_other():
+    low, high = wilson(30, 100)
+    assert (1 - high, 1 - low) == pytest.approx(wilson(70, 100), rel=1e-12)
+
+
+def test_nears_the_normal_interval_as_samples_grow():
+    low, high = wilson(300_000, 1_000_000)
+    half = 1.96 * math.sqrt(0.3 * 0.7 / 1_000_000)
+    assert (low, high) == pytest.approx((0.3 - half, 0.3 + half), abs=1e-5)
+    assert high - low < wilson(300, 1000)[1] - wilson(300, 1000)[0]
+
+
+@pytest.mark.parametrize(("correct", "total"), [(0, 0), (-1, 5), (6, 5)])
+def test_impossible_counts_are_refused(correct, total):
+    with pytest.raises(DataError, match=f"got {correct} of {total}"):
+        wilson(correct, total)
+
+
+def test_examples():
+    assert doctest.testmod(metrics) == (0, 2)
