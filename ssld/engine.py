@@ -7,7 +7,6 @@ import signal
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +134,7 @@ class Walk:
         if todo:
             journal.record("start", recipe=dump(self.plan.recipe), environment=environment())
             with self._signals():
-                self._check_outside_teachers(todo, journal)
+                self._preflight(todo, journal)
                 for node in todo:
                     self._run_stage(node, journal)
         return Overview(self.run.path, tuple(self._statuses(journal)), bool(todo))
@@ -170,7 +169,7 @@ class Walk:
     def _what_changed(self, statuses: list[tuple[Node, Status]]) -> list[str]:
         """The recipe's own differences where there are any, else those of the data and files behind it."""
         recorded, options = self.run.recorded()
-        lines = differences(recorded.merged, self.plan.recipe.merged)
+        lines = differences(recorded.tree.value, self.plan.recipe.tree.value)
         if options.limit != self.options.limit:
             lines.append(f"--limit: {options.limit} → {self.options.limit}")
         return lines or [f"{node.name}: {status.why}" for node, status in statuses if status.kind == "changed"]
@@ -192,9 +191,13 @@ class Walk:
             for number, handler in old.items():
                 signal.signal(number, handler)
 
-    def _check_outside_teachers(self, todo: list[Node], journal: Journal) -> None:
-        """Before anything is spent: every teacher that does not come from a stage of this run."""
+    def _preflight(self, todo: list[Node], journal: Journal) -> None:
+        """Before anything is spent: the device, every network, every teacher that is no stage of this run."""
+        from ssld.train import networks
+
+        networks.use_device(self.options.device)
         for node in todo:
+            networks.build(node.settings.student.name, node.settings.student.options, len(self.plan.data.classes))
             setting = getattr(node.settings, "teacher", None)
             if setting is not None and setting.stage is None:
                 self._teacher(node, journal)
@@ -208,10 +211,16 @@ class Walk:
             f"[{journal.place}] {position}: {node.settings.kind} {node.settings.student.name}, {node.samples} images, "
             f"{node.steps} steps at {node.settings.resolution} px, lr {node.settings.learning_rate:.3g}{going_on}"
         )
+        if status.kind == "resume":
+            self._compare_environment(status, journal)
         task = self._task(node, status, journal)
         outcome = node.kind.run(task)
         self.run.save(node, task.model, outcome.state, finished=True)
         journal.record("finished", stage=node.name, **outcome.metrics)
+
+    def _compare_environment(self, status: Status, journal: Journal) -> None:
+        for line in differences(status.checkpoint.state["environment"], environment()):
+            journal.note(f"warning: the same weights as in an unbroken run are not promised, since {line}")
 
     def _task(self, node: Node, status: Status, journal: Journal) -> Task:
         settings, recipe = node.settings, self.plan.recipe
@@ -227,7 +236,7 @@ class Walk:
             validation=self.plan.data.validation,
             test=self.plan.data.test if node is self.plan.nodes[-1] else None,
             train=pipeline(recipe, "train", settings.resolution),
-            initial=self._initial(node),
+            initial=self._initial(node, journal),
             teacher=self._teacher(node, journal) if getattr(settings, "teacher", None) else None,
             resume=state_of(status.checkpoint) if status.kind == "resume" else None,
             damage_budget=self.plan.data.damage_budget(settings.data),
@@ -236,15 +245,20 @@ class Walk:
             journal=journal,
         )
 
-    def _finished(self, name: str) -> tuple[Model, Arrays]:
-        found = checkpoint.latest(self.run.stage(self.plan.node(name)), lambda text: None)
+    def _finished(self, name: str, journal: Journal) -> tuple[Model, Arrays]:
+        found = checkpoint.latest(self.run.stage(self.plan.node(name)), journal.note)
+        assert found is not None, "a stage runs after those it reads"
         return result_of(found)
 
-    def _initial(self, node: Node) -> Arrays | None:
+    def _initial(self, node: Node, journal: Journal) -> Arrays | None:
         start = node.settings.start
         if start is None:
             return None
-        return checkpoint.read_weights(Path(start)) if start.endswith(".safetensors") else self._finished(start)[1]
+        return (
+            checkpoint.read_weights(Path(start))
+            if start.endswith(".safetensors")
+            else self._finished(start, journal)[1]
+        )
 
     def _teacher(self, node: Node, journal: Journal) -> Teacher:
         """Load the teacher of a stage and check that it can be learned from."""
@@ -255,7 +269,7 @@ class Walk:
             "device": self.options.device,
         }
         if setting.stage is not None:
-            model, weights = self._finished(setting.stage)
+            model, weights = self._finished(setting.stage, journal)
             name, options = "stage", {"stage": setting.stage}
             supplied |= {"model": model, "weights": weights}
         elif setting.network is not None:

@@ -12,19 +12,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from ssld import plugins
 from ssld.checkpoint import FORMAT
 from ssld.contracts import StageKind
 from ssld.data.samples import Samples, concatenate, same_classes
 from ssld.data.sources import open_source
-from ssld.data.transforms import Pipeline
+from ssld.data.transforms import Pipeline, view
 from ssld.errors import DataError, RecipeError
-from ssld.recipe import Recipe
+from ssld.recipe import Data, Recipe, Split
 from ssld.settings import Context, TrainingSettings
 
 # these change what is kept on disk or when, never a weight
 STORAGE_KEYS = frozenset({"keep_last", "save_steps", "save_interval"})
+# width and height of an ordinary photograph, on which operators are tried before anything is spent
+PROBE = (500, 375)
 # SSLD's own pools lose a few images of millions; more than one in a thousand is a broken source
 POOL_DAMAGE = 1000
 
@@ -141,25 +144,15 @@ def numbers(recipe: Recipe, order: list[str]) -> list[int]:
 
 def open_datasets(recipe: Recipe, limit: int | None, cache: Path | None) -> Datasets:
     """Index every source that the recipe names and agree on the classes. limit: so many images of each at most."""
-    sources: dict[str, Samples] = {}
-    for name, spec in recipe.data.sources().items():
-        opened = open_source(spec, labeled=name != "unlabeled", cache=cache)
-        sources[name] = opened
-    for name, settings in recipe.stages.items():
-        for wanted in settings.data:
-            if wanted not in sources:
-                raise RecipeError(
-                    f"{recipe.place(('stages', name, 'data'))}: expected data.{wanted} to name a source, got none; add "
-                    f"it to the recipe or give -o data.{wanted}=FOLDER"
-                )
-            if settings.needs_labels and wanted == "unlabeled":
-                raise RecipeError(
-                    f"{recipe.place(('stages', name, 'data'))}: {settings.kind} reads labels, expected labeled, "
-                    f"got unlabeled"
-                )
-    split = recipe.data.split
-    if split is not None and "labeled" in sources:
-        sources["labeled"], sources["validation"] = sources["labeled"].split(split, recipe.seed)
+    specs = {name: getattr(recipe.data, name) for name in Data.model_fields}
+    sources = {
+        name: open_source(spec, labeled=name != "unlabeled", cache=cache)
+        for name, spec in specs.items()
+        if spec is not None and not isinstance(spec, Split)
+    }
+    if isinstance(recipe.data.validation, Split) and "labeled" in sources:
+        rest, held_out = sources["labeled"].split(recipe.data.validation.split, recipe.seed)
+        sources |= {"labeled": rest, "validation": held_out}
     if "validation" not in sources:
         raise RecipeError(
             f"{recipe.place(('data',))}: expected a labeled validation set, got none; add data.validation: SOURCE, or "
@@ -195,7 +188,7 @@ def class_names(sources: Mapping[str, Samples]) -> tuple[str, ...]:
 def resolve(recipe: Recipe, name: str, number: int, data: Datasets, earlier: Mapping[str, Node]) -> Node:
     """Fill in what the recipe leaves open, and fix the fingerprint."""
     settings = recipe.stages[name]
-    kind: StageKind = plugins.load("stages", settings.kind)
+    kind: StageKind = plugins.stage_kind(settings.kind)
     parent = earlier.get(settings.start or "")
     samples = len(data.named(settings.data))
     context = Context(
@@ -204,12 +197,13 @@ def resolve(recipe: Recipe, name: str, number: int, data: Datasets, earlier: Map
         parent=parent.settings if parent else None,
     )
     settings = with_network(recipe, name, settings.resolved(context), parent)
+    pipelines = {part: pipeline(recipe, part, settings.resolution) for part in ("train", "eval")}
     basis = {
         "format": FORMAT,
         "kind": f"{settings.kind} revision {kind.revision} of {plugins.origin('stages', settings.kind)}",
         "seed": recipe.seed,
         "settings": settings.model_dump(mode="json", by_alias=True, exclude=set(STORAGE_KEYS)),
-        "images": {part: pipeline(recipe, part, settings.resolution).to_json() for part in ("train", "eval")},
+        "images": {part: made.to_json() for part, made in pipelines.items()},
         "classes": list(data.classes),
         "data": {source: data.sources[source].identity for source in settings.data},
         "validation": data.validation.identity,
@@ -238,7 +232,12 @@ def with_network(recipe: Recipe, name: str, settings: TrainingSettings, parent: 
 def pipeline(recipe: Recipe, part: str, resolution: int) -> Pipeline:
     """The recipe's `train` or `eval` operators at a stage's resolution."""
     operators = recipe.images.train if part == "train" else recipe.images.eval
-    return Pipeline(operators, recipe.images.resolution, recipe.images.resolution).at(resolution)
+    made = Pipeline(operators, recipe.images.resolution, recipe.images.resolution).at(resolution)
+    try:
+        view(Image.new("RGB", PROBE), made, 0)
+    except DataError as error:
+        raise RecipeError(f"{recipe.place(('images', part))}: {error}") from error
+    return made
 
 
 def weight_files(settings: TrainingSettings) -> dict[str, Path]:

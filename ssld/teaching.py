@@ -11,6 +11,7 @@ from ssld.data.loader import Damage, evaluation_batches
 from ssld.data.samples import Samples, same_classes
 from ssld.data.transforms import Pipeline, center, normalize
 from ssld.errors import TeacherError
+from ssld.metrics import wilson
 
 # enough for an interval of about ± 3 points, little enough to be done before the user has noticed
 CHECKED = 1000
@@ -71,21 +72,11 @@ def check(teacher: Teacher, validation: Samples, evaluate: Pipeline, classes: tu
     if spec.classes is not None:
         same_classes(classes, spec.classes, "the data", who)
     samples = validation.limited(CHECKED)
-    pipeline = center(spec.size, spec.resize_short) if spec.resize_short else evaluate.at(spec.size)
+    pipeline = (
+        center(spec.size, spec.resize_short, spec.mean, spec.std) if spec.resize_short else evaluate.at(spec.size)
+    )
     correct = 0
     for batch in evaluation_batches(samples, pipeline, batch_size=64, damage=Damage(0)):
         correct += int((ask(teacher, batch.images[0], len(classes), who).argmax(axis=1) == batch.labels).sum())
     low, high = wilson(correct, len(samples))
     return Quality(correct / len(samples), low, high, len(samples))
-
-
-def wilson(correct: int, total: int, z: float = 1.96) -> tuple[float, float]:
-    """Interval of a proportion in [0, 1] at confidence z (1.96: 95 %), by Wilson 1927.
-
-    >>> [round(bound, 3) for bound in wilson(50, 100)]
-    [0.404, 0.596]
-    """
-    share, spread = correct / total, z * z / total
-    middle = share + spread / 2
-    half = z * np.sqrt(share * (1 - share) / total + spread / total / 4)
-    return float((middle - half) / (1 + spread)), float((middle + half) / (1 + spread))

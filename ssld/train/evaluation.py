@@ -8,8 +8,8 @@ from paddle import nn
 from ssld.data.loader import Damage, evaluation_batches
 from ssld.data.samples import Samples
 from ssld.data.transforms import Pipeline, normalize
+from ssld.metrics import top_k
 from ssld.train.frozen import Frozen
-from ssld.train.metrics import top_k
 
 BATCH = 64
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
-from typing import TypeVar
 
 import numpy as np
 import paddle
@@ -18,9 +15,6 @@ from ssld.data.loader import Batch, Damage, training_batches
 from ssld.data.transforms import Pipeline, normalize
 from ssld.errors import DataError
 from ssld.teaching import ask, shown
-
-In = TypeVar("In")
-Out = TypeVar("Out")
 
 
 @dataclass(frozen=True)
@@ -51,7 +45,7 @@ class Target:
 
 
 def feed(task: Task, pipeline: Pipeline, start: int, total: int, damage: Damage) -> Iterator[Target]:
-    """Batches from step `start` on, the teacher asked one batch ahead while the student is trained."""
+    """Batches from step `start` to `total`, each shown to the teacher where there is one."""
     teacher = task.teacher
     pipelines = (pipeline,) if teacher is None else (pipeline, shown(pipeline, teacher.spec))
     batches = training_batches(
@@ -70,15 +64,7 @@ def feed(task: Task, pipeline: Pipeline, start: int, total: int, damage: Damage)
         images = normalize(batch.images[0], pipeline.mean, pipeline.std)
         return Target(batch.step, images, batch.keys, batch.labels, logits)
 
+    # in this thread: the engine holds the interpreter while it runs, so a thread of its own would gain nothing, and
+    # with several OpenMP threads it would change the bits of the step beside it
     with closing(batches):
-        yield from ahead(islice(batches, total - start), target)
-
-
-def ahead(items: Iterator[In], work: Callable[[In], Out], depth: int = 2) -> Iterator[Out]:
-    """map(work, items) in one thread that keeps up to `depth` results ready; order and values are those of map."""
-    with ThreadPoolExecutor(1, thread_name_prefix="ssld-teacher") as pool:
-        waiting: deque[Future[Out]] = deque(pool.submit(work, item) for item in islice(items, depth))
-        while waiting:
-            result = waiting.popleft().result()
-            waiting.extend(pool.submit(work, item) for item in islice(items, 1))
-            yield result
+        yield from map(target, islice(batches, total - start))

@@ -12,7 +12,7 @@ from paddle import nn
 from ssld import plugins
 from ssld.checkpoint import fit_weights
 from ssld.contracts import Arrays, Model, Task
-from ssld.errors import PluginError
+from ssld.errors import PluginError, RecipeError
 from ssld.seeds import derive
 
 
@@ -31,6 +31,16 @@ def build(name: str, options: Mapping[str, Any], classes: int, seed: int = 0) ->
                 f"one of its layers, got {getattr(network, part, None)!r}"
             )
     return network
+
+
+def use_device(device: str) -> None:
+    """Let paddle compute there. Raises RecipeError where this paddle cannot."""
+    if device == "gpu" and not paddle.device.is_compiled_with_cuda():
+        raise RecipeError(
+            "--device gpu: expected a paddle built with CUDA, got the CPU build; install paddlepaddle-gpu, or leave "
+            "--device out"
+        )
+    paddle.device.set_device(device)
 
 
 def arrays(network: nn.Layer) -> dict[str, np.ndarray]:

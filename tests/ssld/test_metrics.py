@@ -4,9 +4,9 @@ import math
 import numpy as np
 import pytest
 
+from ssld import metrics
 from ssld.errors import DataError
-from ssld.train import metrics
-from ssld.train.metrics import top_k, wilson
+from ssld.metrics import top_k, wilson
 
 
 def sorted_top_k(logits, labels, k):
