@@ -1,0 +1,18 @@
+.PHONY: check test wheel types
+
+check:  ## what takes seconds: style, and the import law
+	ruff check .
+	ruff format --check .
+	pytest tests/test_layers.py tests/test_entry_points.py tests/test_docs.py
+
+test:
+	pytest
+
+wheel:
+	rm -rf build dist
+	pip wheel --no-deps --wheel-dir dist .
+
+# on the installed wheel, where every room has its own name; needs mypy
+types: wheel
+	pip install --quiet --no-deps --target build/site dist/*.whl
+	cd build/site && mypy --config-file ../../pyproject.toml -p ssld
