@@ -63,7 +63,7 @@ def main() -> None:
 @with_recipe
 @click.option("--out", type=click.Path(path_type=Path), help="The run directory; runs/NAME when left out.")
 @click.option("--device", type=click.Choice(["cpu", "gpu"]), default="cpu", show_default=True)
-@click.option("--rerun", is_flag=True, help="Do again what a changed recipe affects; old results move to attempts/.")
+@click.option("--rerun", is_flag=True, help="Do again what a changed recipe affects; old results move to attempt.N.")
 @click.option("--trust-teacher", is_flag=True, help="Go on with a teacher that is no better than chance.")
 def run(recipe: str, out: Path | None, overrides: tuple[str, ...], **options: Any) -> None:
     """Do what a recipe says, or go on where an earlier run of it stopped.
@@ -94,8 +94,13 @@ def finish(result: ssld.Overview) -> None:
     """The closing table."""
     if not result.fresh:
         click.echo(f"{result.directory} is finished already; nothing was run", err=True)
-    header, rows = result.table()
-    show(header, rows)
+    show(*result.table())
+
+
+def remark(overview: ssld.Overview) -> None:
+    """Damage that was met, on standard error."""
+    for line in overview.remarks:
+        click.echo(line, err=True)
 
 
 @main.command()
@@ -108,8 +113,9 @@ def plan(recipe: str, out: Path | None, overrides: tuple[str, ...], limit: int |
     Example:
       ssld plan mobilenetv3_ssld -o stages.distill.epochs=30
     """
-    header, rows = ssld.plan(recipe, out, overrides=overrides, limit=limit).forecast()
-    show(header, rows)
+    overview = ssld.plan(recipe, out, overrides=overrides, limit=limit)
+    remark(overview)
+    show(*overview.forecast())
 
 
 @main.command()
@@ -121,8 +127,9 @@ def status(directory: Path | None) -> None:
     Example:
       ssld status runs/mobilenetv3_ssld
     """
-    header, rows = ssld.status(directory).table()
-    show(header, rows)
+    overview = ssld.status(directory)
+    remark(overview)
+    show(*overview.table())
 
 
 @main.command("list")
@@ -184,7 +191,7 @@ def evaluate(checkpoint: Path, data: str, device: str) -> None:
 
     \b
     Example:
-      ssld eval runs/mobilenetv3_ssld/2-finetune/best photos/test
+      ssld eval runs/mobilenetv3_ssld/finetune/best photos/test
     """
     from ssld.score import score
 

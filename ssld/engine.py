@@ -76,10 +76,9 @@ def status(out: str | Path | None = None) -> Overview:
 
 def overview(directory: Path, plan: Plan) -> Overview:
     """The plan beside what the directory holds."""
-    reports: list[str] = []
-    return Overview(
-        directory, tuple((node, RunDirectory(directory).status(node, reports.append)) for node in plan.nodes)
-    )
+    remarks: list[str] = []
+    stages = tuple((node, RunDirectory(directory).status(node, remarks.append)) for node in plan.nodes)
+    return Overview(directory, stages, tuple(remarks))
 
 
 def existing_run(out: str | Path | None) -> Path:
@@ -129,15 +128,15 @@ class Walk:
         changed = [node for node, status in before if status.kind == "changed"]
         if changed:
             self._set_changed_aside(changed, before, rerun, journal)
-        self.run.begin(dump(self.plan.recipe), self.options)
         todo = [node for node, status in before if status.kind != "done"]
         if todo:
+            self.run.begin(dump(self.plan.recipe), self.options)
             journal.record("start", recipe=dump(self.plan.recipe), environment=environment())
             with self._signals():
                 self._preflight(todo, journal)
                 for node in todo:
                     self._run_stage(node, journal)
-        return Overview(self.run.path, tuple(self._statuses(journal)), bool(todo))
+        return Overview(self.run.path, tuple(self._statuses(journal)), fresh=bool(todo))
 
     def _statuses(self, journal: Journal) -> list[tuple[Node, Status]]:
         return [(node, self.run.status(node, journal.note)) for node in self.plan.nodes]
@@ -161,7 +160,7 @@ class Walk:
                 f"{self.run.path} holds results of another recipe or other data:\n  "
                 + "\n  ".join(why)
                 + f"\nrun with --rerun to do {', '.join(node.name for node in changed)} again (the old results move to "
-                f"{self.run.path / 'attempts'}), or with another --out"
+                f"{self.run.path}/attempt.N), or with another --out"
             )
         target, count = self.run.set_aside(changed)
         journal.note(f"{count} results are set aside in {target}: {'; '.join(why)}")

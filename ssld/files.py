@@ -224,7 +224,7 @@ class RunLock:
 
     def __init__(self, run: Path) -> None:
         self.run = run
-        self.path = run.resolve() / "lock"
+        self.path = run.resolve() / "run.lock"
 
     def __enter__(self) -> RunLock:
         # the kernel grants a process what it holds already, and closing the second descriptor would drop the first

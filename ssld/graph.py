@@ -74,11 +74,6 @@ class Node:
     samples: int
     steps: int
 
-    @property
-    def directory(self) -> str:
-        return f"{self.number}-{self.name}"
-
-
 @dataclass(frozen=True)
 class Plan:
     """What a run does, in order."""

@@ -12,12 +12,18 @@ from ssld.rundir import Status
 Table = tuple[tuple[str, ...], list[tuple[str, ...]]]
 
 
+def shown(path: Path) -> str:
+    """A path as the user would type it: from the current directory where it is below."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
 @dataclass(frozen=True)
 class Overview:
-    """A run directory beside its plan. fresh: whether this call has run anything."""
+    """A run directory beside its plan. remarks: damage that was met; fresh: whether this call has run anything."""
 
     directory: Path
     stages: tuple[tuple[Node, Status], ...]
+    remarks: tuple[str, ...] = ()
     fresh: bool = False
 
     def table(self) -> Table:
@@ -31,7 +37,7 @@ class Overview:
                 status.short,
                 *(f"{status.metrics[name]:.4f}" if name in status.metrics else "" for name in metrics),
                 duration(status.seconds) if status.checkpoint else "",
-                str(status.checkpoint.path) if status.checkpoint else "",
+                shown(status.checkpoint.path) if status.checkpoint else "",
             )
             for node, status in self.stages
         ]

@@ -2,10 +2,10 @@
 
 RUN/recipe.yaml      the merged recipe
 RUN/run.json         the options of the command
-RUN/lock             held by the process that works here
+RUN/run.lock         held by the process that works here
 RUN/train.log  RUN/metrics.jsonl
-RUN/1-distill/step-00001234/    checkpoints, with links `latest` and `best`
-RUN/attempts/1/1-distill/       results that a later attempt set aside
+RUN/distill/step-00001234/    checkpoints of the stage `distill`, with links `latest` and `best`
+RUN/attempt.1/distill/        results that a later attempt set aside; no stage has a dot in its name
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class RunDirectory:
         return recipe.read_recipe(self.path / "recipe.yaml"), options
 
     def stage(self, node: Node) -> Path:
-        return self.path / node.directory
+        return self.path / node.name
 
     def status(self, node: Node, report: Callable[[str], None]) -> Status:
         """Compare what is on disk with what the plan wants. Damaged checkpoints are named through report."""
@@ -130,13 +130,12 @@ class RunDirectory:
     def set_aside(self, nodes: list[Node]) -> tuple[Path, int]:
         """Move the results of these stages to a new attempt folder; returns it and how many there were."""
         there = [node for node in nodes if self.stage(node).is_dir()]
-        attempts = self.path / "attempts"
-        taken = [int(path.name) for path in attempts.glob("*") if path.name.isdigit()]
-        target = attempts / str(1 + max(taken, default=0))
+        taken = [int(number) for path in self.path.glob("attempt.*") if (number := path.suffix[1:]).isdigit()]
+        target = self.path / f"attempt.{1 + max(taken, default=0)}"
         if there:
             target.mkdir(parents=True)
         for node in there:
-            self.stage(node).rename(target / node.directory)
+            self.stage(node).rename(target / node.name)
         return target, len(there)
 
 

@@ -325,8 +325,8 @@ def test_the_lock_names_its_holder_and_is_free_after_kill(tmp_path: Path) -> Non
         holder.send_signal(signal.SIGKILL)
         holder.wait()
         with files.RunLock(tmp_path):
-            assert (tmp_path / "lock").read_text().startswith(f"pid {os.getpid()} ")
-    assert names(tmp_path) == ["lock"]
+            assert (tmp_path / "run.lock").read_text().startswith(f"pid {os.getpid()} ")
+    assert names(tmp_path) == ["run.lock"]
 
 
 def test_the_lock_is_released_at_the_end_of_the_block(tmp_path: Path) -> None:
