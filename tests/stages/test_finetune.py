@@ -1,0 +1,93 @@
+"""Finetuning: the teacher's share, the labels' share, and a hundredth of the rate."""
+
+from __future__ import annotations
+
+import numpy as np
+import paddle
+import pytest
+from pydantic import ValidationError
+
+from ssld.settings import Context
+from ssld.stages import distill, pretrain
+from ssld.stages.distill import Distill
+from ssld.stages.finetune import Finetune, stage
+from ssld.train import networks
+from ssld.train.feed import Target
+
+START = {"from": "distill"}
+TAUGHT = {"teacher": {"stage": "teach"}}
+
+
+@pytest.fixture
+def initial():
+    return networks.arrays(networks.build("MobileNetV3_small_x0_35", {}, 4, seed=7))
+
+
+def settings(**values):
+    return Finetune.model_validate({"kind": "finetune", **START, "data": "labeled", "epochs": 30, **values})
+
+
+def same(first, second):
+    assert first.state.weights.keys() == second.state.weights.keys()
+    return all(np.array_equal(array, second.state.weights[name]) for name, array in first.state.weights.items())
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_all_hard_is_pretraining_from_the_given_weights(make_task, initial):
+    finetuned = stage.run(make_task("finetune", {**START, "hard": 1, "weight_decay": 1e-4}, initial=initial))
+    pretrained = pretrain.stage.run(make_task("pretrain", {"weight_decay": 1e-4}, initial=initial))
+    assert same(finetuned, pretrained)
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_no_hard_is_distillation_from_the_given_weights(make_task, initial, teacher):
+    finetuned = stage.run(make_task("finetune", {**START, **TAUGHT}, initial=initial, teacher=teacher))
+    distilled = distill.stage.run(make_task("distill", TAUGHT, initial=initial, teacher=teacher))
+    assert same(finetuned, distilled)
+
+
+def test_a_share_of_both_is_their_weighted_sum(objective_of, make_task, teacher):
+    draw = np.random.default_rng(2)
+    logits = paddle.to_tensor(draw.normal(size=(3, 4)).astype(np.float32))
+    target = Target(0, np.zeros(0), ("a",) * 3, np.array([1, 3, 0]), draw.normal(size=(3, 4)).astype(np.float32))
+    soft, mixed, hard = (
+        objective_of(stage, make_task("finetune", {**START, **TAUGHT, "hard": share}, teacher=teacher))(logits, target)
+        for share in (0, 0.25, 1)
+    )
+    assert np.abs(soft.numpy() - hard.numpy()).min() > 0.05
+    np.testing.assert_allclose(mixed.numpy(), 0.75 * soft.numpy() + 0.25 * hard.numpy(), rtol=1e-5)
+
+
+def test_without_hard_labels_an_unlabeled_set_will_do(objective_of, make_task, teacher):
+    objective = objective_of(stage, make_task("finetune", {**START, **TAUGHT}, teacher=teacher))
+    target = Target(0, np.zeros(0), ("a",) * 2, None, np.ones((2, 4), np.float32))
+    np.testing.assert_allclose(objective(paddle.zeros([2, 4]), target).numpy(), 0, atol=1e-6)
+
+
+def test_something_must_teach():
+    with pytest.raises(ValidationError, match=r"expected a teacher, or hard: 1 .*, got hard: 0\.5"):
+        settings(hard=0.5)
+    assert settings(hard=1).teacher is None
+
+
+@pytest.mark.parametrize(
+    ("parent_rate", "parent_batch", "batch", "expected"),
+    [(0.4, 1024, 1024, 0.004), (3.65625, 5760, 2048, 0.013), (None, 256, 128, 0.0005)],
+)
+def test_the_rate_is_a_hundredth_per_image(parent_rate, parent_batch, batch, expected):
+    """Of what distillation was given, or of what it derived: 0.1 per 256 images."""
+    parent = Distill.model_validate(
+        {
+            **{"kind": "distill", "student": "ResNet50_vd", "data": "unlabeled", "epochs": 360, **TAUGHT},
+            **{"batch_size": parent_batch, "learning_rate": parent_rate},
+        }
+    ).resolved(Context(resolution=224, samples=5_000_000))
+    context = Context(resolution=224, samples=1_281_167, parent=parent)
+    assert settings(**TAUGHT, batch_size=batch).resolved(context).learning_rate == pytest.approx(expected)
+
+
+def test_from_a_file_the_rate_is_a_hundredth_of_the_default():
+    context = Context(resolution=224, samples=1_281_167)
+    tuned = settings(**{**TAUGHT, "from": "student.safetensors"}, student="ResNet50_vd", batch_size=1024)
+    assert tuned.resolved(context).learning_rate == pytest.approx(0.004)
+    assert tuned.inputs == ("teach",)
