@@ -88,6 +88,11 @@ def test_every_command_shows_an_example_of_itself() -> None:
         assert {call[0] for call in calls} == {name}
 
 
+def test_ci_installs_and_tests_as_the_readme_says() -> None:
+    steps = re.findall(r"^step (pip .*|pytest.*)$", (ROOT / ".ci" / "run").read_text("utf-8"), re.MULTILINE)
+    assert " && ".join(steps) in fenced((ROOT / "README.md").read_text("utf-8"))
+
+
 # The test sees what it is for ----------------------------------------------------------------------------------------
 
 PAGE = r"""

@@ -94,7 +94,7 @@ def test_the_wheel_is_typed_and_licensed(wheel: Path, names: list[str]) -> None:
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Version"] == ssld.__version__
     assert metadata["Requires-Python"] == ">=3.11"
-    assert metadata.get_payload() == (ROOT / "README.md").read_text("utf-8")
+    assert metadata.get_payload(decode=True) == (ROOT / "README.md").read_bytes()
 
 
 @pytest.fixture(scope="module")
