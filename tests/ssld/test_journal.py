@@ -1,0 +1,180 @@
+"""The journal: lines for people, lines for programs, and the arithmetic of a clock that is set by hand."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from contextlib import contextmanager
+
+import pytest
+from rich.console import Console
+
+from ssld import journal as module
+from ssld.journal import Journal, counting, duration
+
+CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f]")
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """clock(seconds): let so many seconds pass; returns the time that it is then."""
+    now = [1000.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+
+    def advance(seconds):
+        now[0] += seconds
+        return now[0]
+
+    return advance
+
+
+@contextmanager
+def stage(journal, clock, **numbers):
+    """A stage that begins now: the fields of its log are filled in by the system's clock."""
+    with journal.stage("distill", samples=80, batch=8, **numbers) as log:
+        log.began = log.line_at = clock(0)
+        yield log
+
+
+@pytest.fixture
+def screen():
+    return io.StringIO()
+
+
+@pytest.fixture
+def journal(tmp_path, screen):
+    made = Journal(tmp_path, Console(file=screen, width=40))
+    made.place = "1 distill"
+    yield made
+    made.close()
+
+
+def events(tmp_path):
+    return [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0:00"),
+        (7.4, "0:07"),
+        (59.6, "1:00"),
+        (187, "3:07"),
+        (3599.5, "1:00:00"),
+        (3600, "1:00:00"),
+        (90061, "25:01:01"),
+    ],
+)
+def test_durations(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_a_note_is_on_the_screen_and_in_the_log_with_its_time(journal, screen, tmp_path):
+    text = "[1 distill] a line that is longer than the screen, with [brackets] and ümlauts"
+    journal.note(text)
+    assert screen.getvalue() == text + "\n"
+    assert (
+        re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d (.*)\n", (tmp_path / "train.log").read_text("utf-8"))[1] == text
+    )
+
+
+def test_events_are_readable_while_the_run_goes_on(journal, tmp_path):
+    journal.record("start", seed=3, recipe="a: 1\nb: 2\n")
+    journal.measured("distill", 40, 2, {"top1": 0.25, "top5": 1.0})
+    start, evaluation = events(tmp_path)
+    assert (start["event"], start["seed"], start["recipe"]) == ("start", 3, "a: 1\nb: 2\n")
+    expected = {"event": "evaluation", "stage": "distill", "step": 40, "epoch": 2, "top1": 0.25, "top5": 1.0}
+    assert {key: value for key, value in evaluation.items() if key != "time"} == expected
+    assert "[1 distill] epoch 2 step 40 validation top1 0.2500 top5 1.0000" in (tmp_path / "train.log").read_text()
+
+
+def test_a_second_journal_appends(journal, tmp_path):
+    journal.record("first")
+    second = Journal(tmp_path, Console(file=io.StringIO()))
+    second.record("second")
+    second.close()
+    assert [event["event"] for event in events(tmp_path)] == ["first", "second"]
+
+
+def test_rates_and_the_time_that_is_left(journal, clock, tmp_path):
+    """100 steps of 8 images from step 20 on: 2 seconds a step, of which a quarter waits for data."""
+    with stage(journal, clock, total=100, start=20) as log:
+        for step in range(21, 25):
+            clock(2)
+            log.step(step, loss=0.5, rate=0.1, waited=0.5)
+    (event,) = events(tmp_path)  # of the steps at 2, 4, 6 and 8 seconds, the third is the first beyond five
+    assert {key: event[key] for key in ("step", "epoch", "lr", "loss")} == {
+        "step": 23,
+        "epoch": 2.3,
+        "lr": 0.1,
+        "loss": 0.5,
+    }
+    assert event["images_per_second"] == 4.0
+    assert event["data_wait"] == 0.25
+    assert event["eta_seconds"] == 2 * (100 - 23)
+    assert "step 23/100 lr 0.1 loss 0.5000 4 img/s data wait 25% eta 2:34" in (tmp_path / "train.log").read_text()
+
+
+def test_a_rate_is_that_of_the_time_since_the_last_line(journal, clock, tmp_path):
+    with stage(journal, clock, total=100, start=0) as log:
+        clock(10)
+        log.step(1, 1.0, 0.1, 10.0)
+        clock(3)
+        log.step(2, 1.0, 0.1, 0.0)
+        clock(3)
+        log.step(3, 1.0, 0.1, 3.0)
+    first, second = events(tmp_path)
+    assert (first["images_per_second"], first["data_wait"]) == (0.8, 1.0)
+    assert (second["step"], second["images_per_second"], second["data_wait"]) == (3, round(16 / 6, 1), 0.5)
+    assert second["eta_seconds"] == round(97 * 16 / 3)
+
+
+def test_the_last_step_always_has_a_line(journal, clock, tmp_path):
+    with stage(journal, clock, total=2, start=0) as log:
+        log.step(1, 1.0, 0.1, 0.0)
+        clock(0.5)
+        log.step(2, 0.5, 0.05, 0.0)
+    (event,) = events(tmp_path)
+    assert (event["step"], event["eta_seconds"]) == (2, 0)
+
+
+def everything(journal, clock):
+    journal.note("a note")
+    with stage(journal, clock, total=3, start=0) as log:
+        for step in (1, 2, 3):
+            clock(4)
+            log.step(step, 1.0, 0.1, 0.0)
+        journal.measured("distill", 3, 3, {"top1": 0.5})
+
+
+def test_off_a_terminal_no_control_character_is_written(journal, clock, screen, tmp_path):
+    everything(journal, clock)
+    for text in (screen.getvalue(), (tmp_path / "train.log").read_text(), (tmp_path / "metrics.jsonl").read_text()):
+        assert text
+        assert not CONTROL.search(text)
+
+
+def test_on_a_terminal_the_files_stay_plain(tmp_path, clock):
+    screen = io.StringIO()
+    journal = Journal(tmp_path, Console(file=screen, force_terminal=True, highlight=False))
+    everything(journal, clock)
+    journal.close()
+    assert CONTROL.search(screen.getvalue())
+    for name in ("train.log", "metrics.jsonl"):
+        assert not CONTROL.search((tmp_path / name).read_text())
+    log = (tmp_path / "train.log").read_text().splitlines()
+    assert all(any(line[20:] in shown for shown in screen.getvalue().splitlines()) for line in log)
+
+
+def test_counting_says_a_line_every_few_seconds(clock, capsys):
+    with counting("packing") as advance:
+        advance(1, 9)
+        clock(6)
+        advance(2, 9)
+        clock(1)
+        advance(3, 9)
+        clock(6)
+        advance(9, 9)
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", "packing: 2 of 9\npacking: 9 of 9\n")
