@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from ssld import seeds
 from ssld.seeds import derive, generator
 
-PARTS = st.lists(st.one_of(st.integers(-(2**70), 2**70), st.text(st.characters(exclude_characters="\0"))), min_size=1)
+TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\0"))
+PARTS = st.lists(st.one_of(st.integers(-(2**70), 2**70), TEXT), min_size=1)
 
 
 @given(PARTS)

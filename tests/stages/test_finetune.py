@@ -76,12 +76,9 @@ def test_something_must_teach():
 )
 def test_the_rate_is_a_hundredth_per_image(parent_rate, parent_batch, batch, expected):
     """Of what distillation was given, or of what it derived: 0.1 per 256 images."""
-    parent = Distill.model_validate(
-        {
-            **{"kind": "distill", "student": "ResNet50_vd", "data": "unlabeled", "epochs": 360, **TAUGHT},
-            **{"batch_size": parent_batch, "learning_rate": parent_rate},
-        }
-    ).resolved(Context(resolution=224, samples=5_000_000))
+    given = {"batch_size": parent_batch} | ({} if parent_rate is None else {"learning_rate": parent_rate})
+    common = {"kind": "distill", "student": "ResNet50_vd", "data": "unlabeled", "epochs": 360, **TAUGHT}
+    parent = Distill.model_validate({**common, **given}).resolved(Context(resolution=224, samples=5_000_000))
     context = Context(resolution=224, samples=1_281_167, parent=parent)
     assert settings(**TAUGHT, batch_size=batch).resolved(context).learning_rate == pytest.approx(expected)
 

@@ -1,0 +1,206 @@
+"""The command line: words to calls, errors to one message and an exit code, results alone on standard output."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+import ssld
+from ssld import errors
+from ssld.cli import main, show
+
+RECIPE = """\
+name: tiny
+images: {resolution: 16}
+data: {labeled: "builtin:shapes?count=24&size=16", validation: "builtin:shapes?count=8&size=16&seed=1"}
+stages:
+  teach: {kind: pretrain, network: MobileNetV3_small_x0_35, data: labeled, epochs: 12, batch_size: 8}
+"""
+
+
+@pytest.fixture
+def call(tmp_path, monkeypatch):
+    """call(*words): the command in a directory that holds tiny.yaml."""
+    monkeypatch.chdir(tmp_path)
+    Path("tiny.yaml").write_text(RECIPE)
+    return lambda *words: CliRunner().invoke(main, list(words))
+
+
+def cells(result):
+    return [line.split() for line in result.stdout.splitlines()]
+
+
+def test_help_names_every_command_and_an_example(call):
+    found = call("--help")
+    assert found.exit_code == 0
+    for name in main.commands:
+        assert name in found.stdout
+        assert "Example" in call(name, "--help").stdout
+
+
+def test_version(call):
+    assert call("--version").stdout == f"ssld, version {ssld.__version__}\n"
+
+
+def test_plan_shows_the_derived_numbers_and_writes_no_run(call):
+    found = call("plan", "tiny.yaml")
+    assert found.exit_code == 0
+    header, row = cells(found)
+    assert header[:4] == ["stage", "kind", "network", "px"]
+    # 12 epochs of 24 images in batches of 8; 0.1 per 256 images; a tenth of the epochs
+    expected = ["0", "teach", "pretrain", "MobileNetV3_small_x0_35", "16", "24", "12", "36", "8", "0.00313", "1.2"]
+    assert row == [*expected, "run:", "not", "run", "yet"]
+    assert not Path("runs").exists()
+
+
+def test_overrides_and_limit_reach_the_plan(call):
+    row = cells(
+        call("plan", "tiny.yaml", "-o", "stages.teach.epochs=2", "-o", "images.resolution=24", "--limit", "16")
+    )[1]
+    assert row[4:8] == ["24", "16", "2", "4"]
+
+
+def test_a_wrong_recipe_is_one_message_and_exit_code_2(call):
+    found = call("plan", "tiny.yaml", "-o", "stages.teach.epoch=3")
+    assert found.exit_code == 2
+    assert found.stdout == ""
+    assert found.stderr.startswith("Error: ")
+    assert "did you mean epochs?" in found.stderr
+    assert "Traceback" not in found.stderr
+
+
+def documented_codes():
+    known = [errors.SsldError]
+    for kind in known:
+        known += kind.__subclasses__()
+    return {kind.__name__: kind for kind in known if kind is not errors.Interrupted}
+
+
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [
+        ("RecipeError", 2),
+        ("DataError", 65),
+        ("CheckpointError", 65),
+        ("TeacherError", 65),
+        ("PluginError", 70),
+        ("OutputError", 73),
+        ("StorageError", 74),
+        ("BusyError", 75),
+        ("ChangedError", 78),
+    ],
+)
+def test_every_error_has_its_exit_code_and_its_notes(call, monkeypatch, name, code):
+    def fail(*_, **__):
+        error = documented_codes()[name]("what is wrong")
+        error.add_note("continue: so")
+        raise error
+
+    monkeypatch.setattr(ssld, "run", fail, raising=False)
+    found = call("run", "tiny.yaml")
+    assert (found.exit_code, found.stdout) == (code, "")
+    assert found.stderr == "Error: what is wrong\ncontinue: so\n"
+
+
+def test_a_signal_ends_with_its_own_code(call, monkeypatch):
+    def stop(*_, **__):
+        raise errors.Interrupted("stopped", 143)
+
+    monkeypatch.setattr(ssld, "resume", stop, raising=False)
+    assert call("resume").exit_code == 143
+
+
+def test_a_defect_keeps_its_traceback(call, monkeypatch):
+    def fail(*_, **__):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(ssld, "status", fail, raising=False)
+    assert isinstance(call("status").exception, ZeroDivisionError)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (
+            ["run", "r.yaml"],
+            (
+                ("r.yaml", None),
+                {"overrides": (), "device": "cpu", "limit": None, "rerun": False, "trust_teacher": False},
+            ),
+        ),
+        (
+            [
+                "run",
+                "r",
+                "--out",
+                "o",
+                "-o",
+                "a=1",
+                "-o",
+                "b=2",
+                "--device",
+                "gpu",
+                "--limit",
+                "3",
+                "--rerun",
+                "--trust-teacher",
+            ],
+            (
+                ("r", Path("o")),
+                {"overrides": ("a=1", "b=2"), "device": "gpu", "limit": 3, "rerun": True, "trust_teacher": True},
+            ),
+        ),
+        (["resume"], ((None,), {"stage": None})),
+        (["resume", "--stage", "2", "--out", "o"], ((Path("o"),), {"stage": "2"})),
+    ],
+)
+def test_words_become_calls(call, monkeypatch, words, expected):
+    calls = []
+
+    def remember(*arguments, **options):
+        calls.append((arguments, options))
+        raise errors.RecipeError("seen")
+
+    monkeypatch.setattr(ssld, words[0], remember, raising=False)
+    call(*words)
+    assert calls == [expected]
+
+
+@pytest.mark.parametrize("words", [["run"], ["run", "r", "--limit", "0"], ["run", "r", "--device", "tpu"], ["fly"]])
+def test_wrong_words_are_click_errors(call, words):
+    found = call(*words)
+    assert found.exit_code == 2
+    assert "Usage: " in found.stderr
+
+
+def test_nothing_to_resume_is_said(call):
+    found = call("resume")
+    assert found.exit_code == 2
+    assert "expected a run, got none; start one with ssld run RECIPE" in found.stderr
+
+
+def test_plugins_are_listed_with_their_distribution(call):
+    found = call("list", "students")
+    assert cells(found)[0] == ["student", "distribution", "version"]
+    names = [row[0] for row in cells(found)[1:]]
+    assert {"ResNet50_vd", "ResNeXt101_32x16d_wsl"} <= set(names)
+    assert names == sorted(names)
+    assert cells(call("list", "losses"))[0][0] == "loss"
+
+
+def test_shipped_recipes_are_listed(call):
+    assert [row[0] for row in cells(call("list", "recipes"))].count("mobilenetv3_ssld") == 1
+
+
+def test_the_schema_is_json(call):
+    found = json.loads(call("schema").stdout)
+    assert {"name", "data", "stages"} <= found["properties"].keys()
+
+
+def test_a_table_is_padded_and_cut_nowhere(capsys):
+    show(("a", "long header"), [("longer cell", "x"), ("", "y")])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["a            long header", "longer cell  x", "             y"]
