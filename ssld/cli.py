@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -224,7 +225,6 @@ def schema() -> None:
     Example:
       ssld schema > recipe.schema.json
     """
-    import json
 
     from ssld.recipe import schema as recipe_schema
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
@@ -12,9 +12,10 @@ if TYPE_CHECKING:
     from ssld.data.samples import Samples
     from ssld.data.transforms import Pipeline
     from ssld.journal import Journal
-    from ssld.settings import StageSettings
+    from ssld.settings import TrainingSettings
 
 Arrays = Mapping[str, np.ndarray]
+S = TypeVar("S", bound="TrainingSettings")
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,10 @@ class TeacherSpec:
 class Teacher(Protocol):
     """A frozen classifier. It needs no paddle: an HTTP service or another framework fits as well."""
 
-    spec: TeacherSpec
+    @property
+    def spec(self) -> TeacherSpec:
+        """What it eats and answers."""
+        ...
 
     def predict(self, images: np.ndarray) -> np.ndarray:
         """Logits, float32 [B, classes].
@@ -88,7 +92,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Task:
+class Task(Generic[S]):
     """One stage's work: resolved settings and inputs as values. A stage opens no file of the run itself.
 
     settings: resolved, an instance of the kind's own model; seed: already mixed with the stage's name.
@@ -104,7 +108,7 @@ class Task:
 
     name: str
     model: Model
-    settings: StageSettings
+    settings: S
     seed: int
     device: str
     data: Samples
@@ -121,13 +125,13 @@ class Task:
 
 
 @dataclass(frozen=True)
-class StageKind:
+class StageKind(Generic[S]):
     """What an entry point in `ssld.stages` names: the settings a recipe may give, and the work.
 
     The module that holds it must be readable without paddle, so that `ssld plan` and editors need only the settings;
     `run` imports what it needs. revision goes up whenever the same settings would give other weights.
     """
 
-    settings: type[StageSettings]
-    run: Callable[[Task], Outcome]
+    settings: type[S]
+    run: Callable[[Task[S]], Outcome]
     revision: int = 1

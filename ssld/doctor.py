@@ -4,19 +4,12 @@ from __future__ import annotations
 
 import os
 import platform
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 
-import numpy as np
-import paddle
-
 from ssld import plugins
-from ssld.train import networks
-from ssld.train.frozen import Frozen
-from ssld.train.losses import hard_ce
-from ssld.train.momentum import Momentum
+from ssld.train import networks, selfcheck
 
 
 @dataclass(frozen=True)
@@ -37,8 +30,8 @@ def examine(device: str = "cpu") -> list[Finding]:
         ("device", on_device),
         ("threads", threads),
         ("plug-ins", installed),
-        ("training step", training_step),
-        ("frozen network", frozen_network),
+        ("training step", lambda device: selfcheck.training_step()),
+        ("frozen network", lambda device: selfcheck.frozen_network(device)),
     )
     return [attempt(name, check, device) for name, check in checks]
 
@@ -64,8 +57,7 @@ def one_paddle(device: str) -> str:
 
 
 def on_device(device: str) -> str:
-    networks.use_device(device)
-    return str(paddle.device.get_device())
+    return networks.use_device(device)
 
 
 def threads(device: str) -> str:
@@ -74,26 +66,3 @@ def threads(device: str) -> str:
 
 def installed(device: str) -> str:
     return ", ".join(f"{len(plugins.find(kind))} {kind}" for kind in ("stages", "teachers", "students", "losses"))
-
-
-def training_step(device: str) -> str:
-    """One step of a small student on noise changes its weights and leaves them finite."""
-    network = networks.build("MobileNetV3_small_x0_35", {}, 10)
-    before = networks.arrays(network)
-    began = time.monotonic()
-    images = paddle.to_tensor(np.random.default_rng(0).random((8, 3, 32, 32), dtype=np.float32))
-    hard_ce(network(images), paddle.to_tensor(np.arange(8))).mean().backward()
-    Momentum(network, 0.9, 0.0, None).step(0.1)
-    after = networks.arrays(network)
-    if not all(np.isfinite(value).all() for value in after.values()):
-        raise RuntimeError("expected finite weights after one step, got NaN or infinity")
-    if all(np.array_equal(before[name], after[name]) for name in before):
-        raise RuntimeError("expected the weights to change in one step, they did not")
-    return f"8 images in {time.monotonic() - began:.2f} s"
-
-
-def frozen_network(device: str) -> str:
-    """The exported network answers as the eager one; Frozen itself compares them."""
-    network = networks.build("MobileNetV3_small_x0_35", {}, 10)
-    answer = Frozen(network, 32, device=device)(np.zeros((2, 3, 32, 32), np.float32))
-    return f"logits {list(answer.shape)}, equal to eager"

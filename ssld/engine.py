@@ -8,18 +8,15 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-from ssld import checkpoint, plugins, teaching
-from ssld.contracts import Arrays, Model, Task, Teacher
-from ssld.errors import ChangedError, RecipeError, SsldError, TeacherError
+from ssld.errors import ChangedError, PluginError, RecipeError, SsldError
 from ssld.files import RunLock, sweep, writable
-from ssld.graph import Node, Plan, make_plan, pipeline
+from ssld.graph import Node, Plan, make_plan
+from ssld.inputs import Inputs
 from ssld.journal import Journal, duration
 from ssld.overview import Overview
 from ssld.recipe import Recipe, differences, dump, read_recipe
-from ssld.rundir import Options, RunDirectory, Status, environment, result_of, state_of
-from ssld.seeds import derive
+from ssld.rundir import Options, RunDirectory, Status, environment
 
 
 def run(
@@ -104,6 +101,7 @@ class Walk:
         self.run = RunDirectory(directory)
         self.plan = plan
         self.options = options
+        self.inputs = Inputs(self.run, plan, options)
         self.signal: int | None = None
 
     def walk(self, *, rerun: bool = False, first: Node | None = None) -> Overview:
@@ -115,55 +113,57 @@ class Walk:
             try:
                 return self._walk(journal, rerun, first)
             except SsldError as error:
-                if (self.run.path / "recipe.yaml").is_file() and not isinstance(error, ChangedError):
+                # these would end the same way again
+                if self.run.exists() and not isinstance(error, ChangedError | RecipeError | PluginError):
                     error.add_note(f"continue: ssld resume --out {shlex.quote(str(self.run.path))}")
                 raise
             finally:
                 journal.close()
 
     def _walk(self, journal: Journal, rerun: bool, first: Node | None) -> Overview:
-        if first is not None:
-            self._restart(first, journal)
         before = self._statuses(journal)
-        changed = [node for node, status in before if status.kind == "changed"]
-        if changed:
-            self._set_changed_aside(changed, before, rerun, journal)
-        todo = [node for node, status in before if status.kind != "done"]
+        again = self.plan.nodes[self.plan.nodes.index(first) :] if first is not None else ()
+        changed = [node for node, status in before if status.kind == "changed" and node not in again]
+        why = self._what_changed(before) if changed else []
+        if changed and not rerun:
+            raise self._changed(changed, why)
+        todo = [node for node, status in before if status.kind != "done" or node in again]
         if todo:
-            self.run.begin(dump(self.plan.recipe), self.options)
-            journal.record("start", recipe=dump(self.plan.recipe), environment=environment())
-            with self._signals():
-                self._preflight(todo, journal)
-                for node in todo:
-                    self._run_stage(node, journal)
+            reason = f"starting again from stage {first.number} {first.name}" if first else "; ".join(why)
+            self._work(todo, [*changed, *again], reason, before, journal)
         return Overview(self.run.path, tuple(self._statuses(journal)), fresh=bool(todo))
 
     def _statuses(self, journal: Journal) -> list[tuple[Node, Status]]:
         return [(node, self.run.status(node, journal.note)) for node in self.plan.nodes]
 
-    def _restart(self, first: Node, journal: Journal) -> None:
-        later = list(self.plan.nodes[self.plan.nodes.index(first) :])
-        spent = sum(status.seconds for node, status in self._statuses(journal) if node in later)
-        target, count = self.run.set_aside(later)
-        if count:
-            journal.note(
-                f"starting again from stage {first.number} {first.name}: {count} results, {duration(spent)} of work, "
-                f"are set aside in {target}"
-            )
-
-    def _set_changed_aside(
-        self, changed: list[Node], statuses: list[tuple[Node, Status]], rerun: bool, journal: Journal
+    def _work(
+        self, todo: list[Node], old: list[Node], reason: str, before: list[tuple[Node, Status]], journal: Journal
     ) -> None:
-        why = self._what_changed(statuses)
-        if not rerun:
-            raise ChangedError(
-                f"{self.run.path} holds results of another recipe or other data:\n  "
-                + "\n  ".join(why)
-                + f"\nrun with --rerun to do {', '.join(node.name for node in changed)} again (the old results move to "
-                f"{self.run.path}/attempt.N), or with another --out"
-            )
-        target, count = self.run.set_aside(changed)
-        journal.note(f"{count} results are set aside in {target}: {'; '.join(why)}")
+        """Look at everything, then set the old results aside, then run what is to do."""
+        # paddle takes SIGTERM for itself when it is imported, so it comes before our own handlers
+        from ssld.preflight import preflight
+
+        with self._signals():
+            preflight(todo, self.inputs, journal)
+            self._set_aside(old, before, reason, journal)
+            self.run.begin(dump(self.plan.recipe), self.options)
+            journal.record("start", recipe=dump(self.plan.recipe), environment=environment())
+            for node in todo:
+                self._run_stage(node, journal)
+
+    def _set_aside(self, old: list[Node], before: list[tuple[Node, Status]], reason: str, journal: Journal) -> None:
+        spent = sum(status.seconds for node, status in before if node in old)
+        target, count = self.run.set_aside(old)
+        if count:
+            journal.note(f"{reason}: {count} results, {duration(spent)} of work, are set aside in {target}")
+
+    def _changed(self, changed: list[Node], why: list[str]) -> ChangedError:
+        return ChangedError(
+            f"{self.run.path} holds results of another recipe or other data:\n  "
+            + "\n  ".join(why)
+            + f"\nssld run with --rerun does {', '.join(node.name for node in changed)} again (the old results move to "
+            f"{self.run.path}/attempt.N); with another --out it leaves them"
+        )
 
     def _what_changed(self, statuses: list[tuple[Node, Status]]) -> list[str]:
         """The recipe's own differences where there are any, else those of the data and files behind it."""
@@ -190,101 +190,19 @@ class Walk:
             for number, handler in old.items():
                 signal.signal(number, handler)
 
-    def _preflight(self, todo: list[Node], journal: Journal) -> None:
-        """Before anything is spent: the device, every network, every teacher that is no stage of this run."""
-        from ssld.train import networks
-
-        networks.use_device(self.options.device)
-        for node in todo:
-            networks.build(node.settings.student.name, node.settings.student.options, len(self.plan.data.classes))
-            setting = getattr(node.settings, "teacher", None)
-            if setting is not None and setting.stage is None:
-                self._teacher(node, journal)
-
     def _run_stage(self, node: Node, journal: Journal) -> None:
         status = self.run.status(node, journal.note)
+        reached = status.checkpoint if status.kind == "resume" else None
         journal.place = f"{node.number} {node.name}"
-        position = f"stage {self.plan.nodes.index(node) + 1} of {len(self.plan.nodes)}"
-        going_on = f", going on after step {status.checkpoint.step}" if status.kind == "resume" else ""
+        settings, position = node.settings, self.plan.nodes.index(node) + 1
         journal.note(
-            f"[{journal.place}] {position}: {node.settings.kind} {node.settings.student.name}, {node.samples} images, "
-            f"{node.steps} steps at {node.settings.resolution} px, lr {node.settings.learning_rate:.3g}{going_on}"
+            f"[{journal.place}] stage {position} of {len(self.plan.nodes)}: {settings.kind} {settings.student.name}, "
+            f"{node.samples} images, {node.steps} steps at {settings.resolution} px, lr {settings.learning_rate:.3g}"
+            + (f", going on after step {reached.step}" if reached else "")
         )
-        if status.kind == "resume":
-            self._compare_environment(status, journal)
-        task = self._task(node, status, journal)
+        for line in differences(reached.state["environment"], environment()) if reached else ():
+            journal.note(f"warning: the same weights as in an unbroken run are not promised, since {line}")
+        task = self.inputs.task(node, reached, stop=lambda: self.signal, journal=journal)
         outcome = node.kind.run(task)
         self.run.save(node, task.model, outcome.state, finished=True)
         journal.record("finished", stage=node.name, **outcome.metrics)
-
-    def _compare_environment(self, status: Status, journal: Journal) -> None:
-        for line in differences(status.checkpoint.state["environment"], environment()):
-            journal.note(f"warning: the same weights as in an unbroken run are not promised, since {line}")
-
-    def _task(self, node: Node, status: Status, journal: Journal) -> Task:
-        settings, recipe = node.settings, self.plan.recipe
-        evaluate = pipeline(recipe, "eval", settings.resolution)
-        model = Model(settings.student.name, settings.student.options, self.plan.data.classes, evaluate)
-        return Task(
-            name=node.name,
-            model=model,
-            settings=settings,
-            seed=derive(recipe.seed, node.name),
-            device=self.options.device,
-            data=self.plan.data.named(settings.data),
-            validation=self.plan.data.validation,
-            test=self.plan.data.test if node is self.plan.nodes[-1] else None,
-            train=pipeline(recipe, "train", settings.resolution),
-            initial=self._initial(node, journal),
-            teacher=self._teacher(node, journal) if getattr(settings, "teacher", None) else None,
-            resume=state_of(status.checkpoint) if status.kind == "resume" else None,
-            damage_budget=self.plan.data.damage_budget(settings.data),
-            save=lambda state: self.run.save(node, model, state, finished=False),
-            stop=lambda: self.signal,
-            journal=journal,
-        )
-
-    def _finished(self, name: str, journal: Journal) -> tuple[Model, Arrays]:
-        found = checkpoint.latest(self.run.stage(self.plan.node(name)), journal.note)
-        assert found is not None, "a stage runs after those it reads"
-        return result_of(found)
-
-    def _initial(self, node: Node, journal: Journal) -> Arrays | None:
-        start = node.settings.start
-        if start is None:
-            return None
-        return (
-            checkpoint.read_weights(Path(start))
-            if start.endswith(".safetensors")
-            else self._finished(start, journal)[1]
-        )
-
-    def _teacher(self, node: Node, journal: Journal) -> Teacher:
-        """Load the teacher of a stage and check that it can be learned from."""
-        setting, data = node.settings.teacher, self.plan.data
-        supplied: dict[str, Any] = {
-            "classes": data.classes,
-            "resolution": node.settings.resolution,
-            "device": self.options.device,
-        }
-        if setting.stage is not None:
-            model, weights = self._finished(setting.stage, journal)
-            name, options = "stage", {"stage": setting.stage}
-            supplied |= {"model": model, "weights": weights}
-        elif setting.network is not None:
-            name, options = "network", {"network": setting.network, **setting.options}
-        else:
-            name, options = setting.plugin, setting.options
-        teacher = plugins.call("teachers", name, options, supplied)
-        who = f"the teacher {setting.stage or setting.network or setting.plugin} of {node.name}"
-        evaluate = pipeline(self.plan.recipe, "eval", node.settings.resolution)
-        quality = teaching.check(teacher, data.validation, evaluate, data.classes, who)
-        journal.record("teacher", stage=node.name, top1=quality.accuracy, low=quality.low, high=quality.high)
-        chance = 1 / len(data.classes)
-        if quality.low <= chance and not self.options.trust_teacher:
-            raise TeacherError(
-                f"{who}: expected better than chance, {chance:.3f}, got {quality}; check its weights, its class "
-                f"order and its mean and std, or give --trust-teacher"
-            )
-        journal.note(f"{who}: {quality}, chance {chance:.3f}")
-        return teacher

@@ -67,12 +67,13 @@ class Node:
 
     number: int
     name: str
-    kind: StageKind
+    kind: StageKind[Any]
     settings: TrainingSettings
     basis: Mapping[str, Any]
     fingerprint: str
     samples: int
     steps: int
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -123,16 +124,18 @@ def ordered(recipe: Recipe) -> list[str]:
         cycle = " → ".join(reversed(error.args[1]))
         place = recipe.place(("stages", error.args[1][0]))
         raise RecipeError(f"{place}: the stages wait for each other: {cycle}; break the circle") from error
+    place_of = list(recipe.stages).index
+    ready: list[str] = []
     while sorter.is_active():
-        ready = sorted(sorter.get_ready(), key=list(recipe.stages).index)
-        done += ready
-        sorter.done(*ready)
+        ready = sorted([*ready, *sorter.get_ready()], key=place_of)
+        done.append(ready.pop(0))
+        sorter.done(done[-1])
     return done
 
 
 def numbers(recipe: Recipe, order: list[str]) -> list[int]:
     """0 for every stage before the first that has a teacher, which is 1; then in order. Else 0, 1, 2, …"""
-    taught = [index for index, name in enumerate(order) if getattr(recipe.stages[name], "teacher", None)]
+    taught = [index for index, name in enumerate(order) if recipe.stages[name].taught_by]
     first = taught[0] if taught else 1
     return [max(0, index - first + 1) for index in range(len(order))]
 
@@ -161,21 +164,21 @@ def open_datasets(recipe: Recipe, limit: int | None, cache: Path | None) -> Data
 
 def class_names(sources: Mapping[str, Samples]) -> tuple[str, ...]:
     """The class names on which all labeled sources agree; numbers as text where no source names them."""
-    labeled = {name: samples for name, samples in sources.items() if samples.labels is not None}
-    named = {name: samples.classes for name, samples in labeled.items() if samples.classes is not None}
+    labels = {name: samples.labels for name, samples in sources.items() if samples.labels is not None}
+    named = {name: classes for name in labels if (classes := sources[name].classes) is not None}
     if named:
         first, classes = next(iter(named.items()))
         for name, other in named.items():
             same_classes(classes, other, f"data.{first}", f"data.{name}")
     else:
-        highest = max(int(samples.labels.max()) for samples in labeled.values())
+        highest = max(int(column.max()) for column in labels.values())
         classes = tuple(str(label) for label in range(highest + 1))
-    for name, samples in labeled.items():
-        beyond = np.flatnonzero(samples.labels >= len(classes))
+    for name, column in labels.items():
+        beyond = np.flatnonzero(column >= len(classes))
         if len(beyond):
             raise DataError(
-                f"data.{name}: expected labels from 0 to {len(classes) - 1}, got {samples.labels[beyond[0]]} for "
-                f"{samples.where(int(beyond[0]))}; correct the label, or name the classes of all sources"
+                f"data.{name}: expected labels from 0 to {len(classes) - 1}, got {column[beyond[0]]} for "
+                f"{sources[name].where(int(beyond[0]))}; correct the label, or name the classes of all sources"
             )
     return classes
 
@@ -183,7 +186,7 @@ def class_names(sources: Mapping[str, Samples]) -> tuple[str, ...]:
 def resolve(recipe: Recipe, name: str, number: int, data: Datasets, earlier: Mapping[str, Node]) -> Node:
     """Fill in what the recipe leaves open, and fix the fingerprint."""
     settings = recipe.stages[name]
-    kind: StageKind = plugins.stage_kind(settings.kind)
+    kind = plugins.stage_kind(settings.kind)
     parent = earlier.get(settings.start or "")
     samples = len(data.named(settings.data))
     context = Context(
@@ -195,6 +198,7 @@ def resolve(recipe: Recipe, name: str, number: int, data: Datasets, earlier: Map
     pipelines = {part: pipeline(recipe, part, settings.resolution) for part in ("train", "eval")}
     basis = {
         "format": FORMAT,
+        "name": name,
         "kind": f"{settings.kind} revision {kind.revision} of {plugins.origin('stages', settings.kind)}",
         "seed": recipe.seed,
         "settings": settings.model_dump(mode="json", by_alias=True, exclude=set(STORAGE_KEYS)),
@@ -203,7 +207,11 @@ def resolve(recipe: Recipe, name: str, number: int, data: Datasets, earlier: Map
         "data": {source: data.sources[source].identity for source in settings.data},
         "validation": data.validation.identity,
         "inputs": {stage: earlier[stage].fingerprint for stage in settings.inputs},
-        "files": {key: file_identity(path) for key, path in weight_files(settings).items()},
+        "plug-ins": origins(recipe, name, settings),
+        "files": {
+            key: file_identity(path, recipe.place(("stages", name, key)))
+            for key, path in weight_files(settings).items()
+        },
     }
     fingerprint = hashlib.sha256(json.dumps(basis, sort_keys=True).encode()).hexdigest()
     return Node(number, name, kind, settings, basis, fingerprint, samples, settings.total_steps(samples))
@@ -224,6 +232,22 @@ def with_network(recipe: Recipe, name: str, settings: TrainingSettings, parent: 
     return settings.model_copy(update={"student": parent.settings.student})
 
 
+def origins(recipe: Recipe, name: str, settings: TrainingSettings) -> dict[str, str]:
+    """Distribution and version of every plug-in that the stage names. Raises RecipeError for one that is not there."""
+    teacher, loss = settings.taught_by, getattr(settings, "loss", None)
+    wanted = {"student": ("students", settings.student.name)}
+    wanted |= {"loss": ("losses", loss.name)} if loss is not None else {}
+    wanted |= {"teacher": ("teachers", teacher.plugin)} if teacher and teacher.plugin else {}
+    wanted |= {"teacher": ("students", teacher.network)} if teacher and teacher.network else {}
+    found = {}
+    for key, (kind, plugin) in wanted.items():
+        try:
+            found[key] = plugins.origin(kind, plugin)
+        except RecipeError as error:
+            raise RecipeError(f"{recipe.place(('stages', name, key))}: {error}") from error
+    return found
+
+
 def pipeline(recipe: Recipe, part: str, resolution: int) -> Pipeline:
     """The recipe's `train` or `eval` operators at a stage's resolution."""
     operators = recipe.images.train if part == "train" else recipe.images.eval
@@ -237,17 +261,17 @@ def pipeline(recipe: Recipe, part: str, resolution: int) -> Pipeline:
 
 def weight_files(settings: TrainingSettings) -> dict[str, Path]:
     """Files outside the run that a stage's weights depend on."""
-    teacher = getattr(settings, "teacher", None)
+    teacher = settings.taught_by
     files = {"from": settings.start} if settings.start and settings.start.endswith(".safetensors") else {}
     if teacher is not None and teacher.network is not None:
         files["teacher"] = teacher.options["weights"]
     return {key: Path(path) for key, path in files.items()}
 
 
-def file_identity(path: Path) -> str:
+def file_identity(path: Path, place: str) -> str:
     """sha256 of a weights file."""
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise RecipeError(f"expected a weights file at {path}, got {error.strerror}; check the path") from error
+        raise RecipeError(f"{place}: expected a weights file, got {path}: {error.strerror}; check the path") from error

@@ -61,21 +61,33 @@ class Journal:
         self.log: IO[str] = (directory / "train.log").open("a", encoding="utf-8")
         self.metrics: IO[str] = (directory / "metrics.jsonl").open("a", encoding="utf-8")
         self.place = ""
+        self.lost = False
 
     def close(self) -> None:
-        self.log.close()
-        self.metrics.close()
+        for file in (self.log, self.metrics):
+            self._kept(file.close)
+
+    def _kept(self, write: Callable[[], object]) -> None:
+        """A log that cannot be written costs no weights: it is said once, and the next checkpoint finds a full disk."""
+        try:
+            write()
+        except OSError as error:
+            if not self.lost:
+                self.console.print(f"warning: {self.log.name}: lines are lost: {error.strerror}", markup=False)
+            self.lost = True
+
+    def _append(self, file: IO[str], line: str) -> None:
+        self._kept(lambda: file.write(line + "\n"))
+        self._kept(file.flush)
 
     def note(self, text: str) -> None:
         """One line for people."""
-        self.log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
-        self.log.flush()
+        self._append(self.log, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}")
         self.console.print(text, markup=False, soft_wrap=True)
 
     def record(self, event: str, **fields: Any) -> None:
         """One line for programs."""
-        self.metrics.write(json.dumps({"time": round(time.time(), 3), "event": event, **fields}) + "\n")
-        self.metrics.flush()
+        self._append(self.metrics, json.dumps({"time": round(time.time(), 3), "event": event, **fields}))
 
     def measured(self, stage: str, step: int, epoch: int, metrics: Mapping[str, float]) -> None:
         """Validation results at the end of an epoch."""

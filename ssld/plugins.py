@@ -85,7 +85,7 @@ def load(kind: str, name: str) -> Any:
         raise PluginError(f"{_who(kind, name)} failed to load: {type(error).__name__}: {error}") from error
 
 
-def stage_kind(name: str) -> StageKind:
+def stage_kind(name: str) -> StageKind[Any]:
     """Load a stage kind. Raises like `load`, and PluginError for anything but a StageKind."""
     kind = load("stages", name)
     if not isinstance(kind, StageKind):

@@ -124,7 +124,8 @@ class RunDirectory:
         existing = checkpoint.steps(root)
         if best in existing:
             checkpoint.point(root, "best", best)
-        last = existing[-node.settings.keep_last :]
+        # damaged ones may lie above the step just saved: they count for nothing
+        last = [step for step in existing if step <= state.step][-node.settings.keep_last :]
         checkpoint.retain(root, {*last, best, *facts.get("kept", ())})
 
     def set_aside(self, nodes: list[Node]) -> tuple[Path, int]:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler, model_validator
 from pydantic_core import CoreSchema
+
+# A key that the recipe may leave open. Its type is what it holds once `resolved` has filled it in, which is before
+# any stage, or anything else but the plan, sees it.
+OPEN: Any = None
 
 
 class Exact:
@@ -99,7 +103,7 @@ class Context(Frozen):
 
     resolution: int
     samples: int
-    parent: StageSettings | None = None
+    parent: TrainingSettings | None = None
     """The resolved settings of the stage that `from` names."""
 
 
@@ -118,36 +122,27 @@ class StageSettings(Frozen):
     needs_labels: ClassVar[bool] = True
     """Whether the labels of `data` are read."""
 
-    @property
-    def inputs(self) -> tuple[str, ...]:
-        """Names of the stages whose results this one reads."""
-        return ()
-
-    def derived(self, context: Context) -> dict[str, Any]:
-        """Values for the keys that the recipe leaves open."""
-        return {}
-
 
 class TrainingSettings(StageSettings):
     """The keys of every stage that trains a network."""
 
-    student: Plugin | None = None
+    student: Plugin = OPEN
     """The network that learns; with `from` a stage, its network when left out."""
     start: Annotated[str | None, Field(alias="from")] = None
     """A stage whose last weights to start from, or a .safetensors file; from scratch when left out."""
     epochs: Annotated[int, Field(ge=1)]
     batch_size: Annotated[int, Field(ge=2)] = 64
     """Images per step."""
-    learning_rate: Annotated[float | None, Field(gt=0)] = None
+    learning_rate: Annotated[float, Field(gt=0)] = OPEN
     """Peak learning rate; derived: base_rate per 256 images of batch size."""
-    warmup_epochs: Annotated[float | None, Field(ge=0)] = None
+    warmup_epochs: Annotated[float, Field(ge=0)] = OPEN
     """Epochs in which the learning rate rises linearly from 0; derived: 5, at most a tenth of all."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     weight_decay: Annotated[float, Field(ge=0)] = 1e-5
-    """L2 coefficient, added to the gradient of every parameter."""
+    """L2 coefficient, added to the gradient of every parameter that its network does not exempt."""
     clip_norm: Annotated[float | None, Field(gt=0)] = None
     """Gradients are scaled down to this global norm; off when left out."""
-    resolution: Annotated[int | None, Field(ge=8)] = None
+    resolution: Annotated[int, Field(ge=8)] = OPEN
     """Side of the student's input in pixels; the recipe's when left out."""
     eval_interval: Annotated[int, Field(ge=1)] = 1
     """Epochs between two evaluations; the last epoch is always evaluated."""
@@ -162,20 +157,26 @@ class TrainingSettings(StageSettings):
     """Peak learning rate per 256 images; 0.1 is what PaddleClas publishes for SSLD's ResNet50_vd (0.4 at 1,024)."""
 
     @property
+    def taught_by(self) -> TeacherSetting | None:
+        """The teacher, in the kinds that have one."""
+        return getattr(self, "teacher", None)
+
+    @property
     def inputs(self) -> tuple[str, ...]:
-        teacher = getattr(self, "teacher", None)
-        stages = [self.start if self.start and not self.start.endswith(".safetensors") else None]
-        stages.append(teacher.stage if teacher else None)
-        return tuple(dict.fromkeys(name for name in stages if name))
+        """Names of the stages whose results this one reads."""
+        start = self.start if self.start and not self.start.endswith(".safetensors") else None
+        teacher = self.taught_by.stage if self.taught_by else None
+        return tuple(dict.fromkeys(name for name in (start, teacher) if name))
 
     def derived(self, context: Context) -> dict[str, Any]:
+        """Values for the keys that the recipe leaves open."""
         return {
             "learning_rate": self.base_rate * self.batch_size / 256,
             "warmup_epochs": min(5.0, self.epochs / 10),
             "resolution": context.resolution,
         }
 
-    def resolved(self, context: Context) -> TrainingSettings:
+    def resolved(self, context: Context) -> Self:
         """The same settings with every open key filled in."""
         filled = {key: value for key, value in self.derived(context).items() if getattr(self, key) is None}
         return self.model_copy(update=filled)

@@ -52,10 +52,12 @@ def ask(teacher: Teacher, images: np.ndarray, classes: int, who: str) -> np.ndar
     if not isinstance(logits, np.ndarray) or logits.dtype.kind != "f" or logits.shape != wanted:
         got = f"{logits.dtype} {list(logits.shape)}" if isinstance(logits, np.ndarray) else type(logits).__name__
         raise TeacherError(f"{who}: expected float32 logits {list(wanted)} ([images, classes of the data]), got {got}")
+    with np.errstate(over="ignore"):
+        logits = logits.astype(np.float32, copy=False)
     if not np.isfinite(logits).all():
         bad = int(np.argmax(~np.isfinite(logits).all(axis=1)))
         raise TeacherError(f"{who}: expected finite logits, got {logits[bad].tolist()[:5]} for image {bad} of a batch")
-    return logits.astype(np.float32, copy=False)
+    return logits
 
 
 def shown(pipeline: Pipeline, spec: TeacherSpec) -> Pipeline:

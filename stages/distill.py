@@ -23,7 +23,7 @@ class Distill(TrainingSettings):
     needs_labels: ClassVar[bool] = False
 
 
-def run(task: Task) -> Outcome:
+def run(task: Task[Distill]) -> Outcome:
     """Minimize the distance to the teacher's soft labels."""
     from ssld.train import loop, losses, networks
 

@@ -6,12 +6,15 @@ a hundredth of stage 1's learning rate, 30 to 60 epochs.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from ssld.contracts import Outcome, StageKind, Task
 from ssld.settings import Context, Named, Plugin, TeacherSetting, TrainingSettings
+
+if TYPE_CHECKING:
+    from ssld.train.feed import Target, Tensor
 
 
 class Finetune(TrainingSettings):
@@ -35,13 +38,12 @@ class Finetune(TrainingSettings):
 
     def derived(self, context: Context) -> dict[str, Any]:
         derived = super().derived(context)
-        parent = context.parent
-        if isinstance(parent, TrainingSettings) and parent.learning_rate is not None:
-            derived["learning_rate"] = parent.learning_rate / 100 * self.batch_size / parent.batch_size
+        if context.parent is not None:
+            derived["learning_rate"] = context.parent.learning_rate / 100 * self.batch_size / context.parent.batch_size
         return derived
 
 
-def run(task: Task) -> Outcome:
+def run(task: Task[Finetune]) -> Outcome:
     """Minimize (1 - hard) * distance to the teacher + hard * cross-entropy with the labels."""
     from ssld.train import loop, losses, networks
 
@@ -49,7 +51,7 @@ def run(task: Task) -> Outcome:
     loss = losses.named(task.settings.loss)
     network = networks.student(task)
 
-    def objective(logits, target):
+    def objective(logits: Tensor, target: Target) -> Tensor:
         terms = [(1 - hard) * loss(logits, target.soft)] if hard < 1 else []
         terms += [hard * losses.hard_ce(logits, target.labels)] if hard > 0 else []
         return sum(terms[1:], terms[0])

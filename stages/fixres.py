@@ -28,11 +28,11 @@ class Fixres(TrainingSettings):
 
     def derived(self, context: Context) -> dict[str, Any]:
         # SSLD's Fix models go from 224 to 320; the same ratio, in multiples of 8 pixels
-        higher = round(context.resolution * 320 / 224 / 8) * 8
+        higher = max(round(context.resolution * 320 / 224 / 8) * 8, context.resolution + 8)
         return {**super().derived(context), "resolution": higher, "warmup_epochs": 0.0}
 
 
-def run(task: Task) -> Outcome:
+def run(task: Task[Fixres]) -> Outcome:
     """Minimize the cross-entropy with the labels over the classifier's weights."""
     from ssld.train import loop, losses, networks
 

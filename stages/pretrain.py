@@ -21,7 +21,7 @@ class Pretrain(TrainingSettings):
     base_rate: ClassVar[float] = 0.1
 
 
-def run(task: Task) -> Outcome:
+def run(task: Task[Pretrain]) -> Outcome:
     """Minimize the cross-entropy with the labels."""
     from ssld.train import loop, losses, networks
 

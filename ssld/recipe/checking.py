@@ -12,7 +12,7 @@ from ssld import plugins, wording
 from ssld.errors import PluginError, RecipeError
 from ssld.recipe.model import NAME, Data, Keyed, Recipe
 from ssld.recipe.tree import Fault, Tree, refuse
-from ssld.settings import StageSettings
+from ssld.settings import TrainingSettings
 from ssld.wording import KeyPath
 
 TRAINABLE = ("unlabeled", "labeled")
@@ -56,7 +56,7 @@ def _model(model: type[_Model], value: Any, path: KeyPath) -> tuple[_Model | Non
         return None, [((*path, *below), message) for below, message in found]
 
 
-def _stage(name: str, value: Any, sources: Mapping[str, Any]) -> tuple[StageSettings | None, _Faults]:
+def _stage(name: str, value: Any, sources: Mapping[str, Any]) -> tuple[TrainingSettings | None, _Faults]:
     """The stage's settings by the model of its kind, and what is wrong with them."""
     path = ("stages", name)
     if not re.fullmatch(NAME, name):
@@ -95,7 +95,7 @@ def _sources(values: Mapping[str, Any]) -> dict[str, Any]:
     return {key: data[key] for key in Data.model_fields if data.get(key) is not None} if isinstance(data, dict) else {}
 
 
-def _unmet(path: KeyPath, names: Any, model: type[StageSettings], sources: Mapping[str, Any]) -> _Faults:
+def _unmet(path: KeyPath, names: Any, model: type[TrainingSettings], sources: Mapping[str, Any]) -> _Faults:
     """What is wrong with the sources that a stage names: unknown, not given, or without the labels that it reads."""
     faults = []
     names = names if isinstance(names, list | tuple) else [names]

@@ -12,7 +12,7 @@ from pydantic.json_schema import models_json_schema
 from ssld import plugins
 from ssld.data.transforms import Operator, read_operators
 from ssld.recipe.tree import Tree
-from ssld.settings import Frozen, StageSettings
+from ssld.settings import Frozen, TrainingSettings
 from ssld.wording import KeyPath, dotted
 
 NAME = r"^[a-z0-9_-]+$"
@@ -129,7 +129,7 @@ class Recipe:
     seed: int
     images: Images
     data: Data
-    stages: Mapping[str, StageSettings]
+    stages: Mapping[str, TrainingSettings]
     tree: Tree = field(compare=False, repr=False)
 
     def place(self, path: KeyPath) -> str:

@@ -60,7 +60,7 @@ def _differences(old: Any, new: Any, path: KeyPath) -> Iterator[str]:
 
 
 def _shown(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, default=str)
+    return json.dumps(value, ensure_ascii=False, default=str, sort_keys=True)
 
 
 def _shipped() -> dict[str, Path]:

@@ -20,6 +20,7 @@ def evaluate(network: nn.Layer, samples: Samples, pipeline: Pipeline, device: st
     logits, labels = [], []
     for batch in evaluation_batches(samples, pipeline, batch_size=BATCH, damage=Damage(0)):
         logits.append(frozen(normalize(batch.images[0], pipeline.mean, pipeline.std)))
+        assert batch.labels is not None, "validation sets are opened with labels"
         labels.append(batch.labels)
     scores, truth = np.concatenate(logits), np.concatenate(labels)
     return {"top1": top_k(scores, truth, 1), "top5": top_k(scores, truth, min(5, scores.shape[1]))}

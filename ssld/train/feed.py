@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import paddle
+from paddle import Tensor
 
 from ssld.contracts import Task
 from ssld.data.loader import Batch, Damage, training_batches
@@ -32,19 +34,20 @@ class Target:
     logits: np.ndarray | None
 
     @property
-    def labels(self) -> paddle.Tensor:
+    def labels(self) -> Tensor:
         """Hard labels, int64 [B]. Raises DataError where the data have none."""
         if self.hard is None:
             raise DataError(f"expected labeled images, got one without a label: {self.keys[0]}")
         return paddle.to_tensor(self.hard)
 
     @property
-    def soft(self) -> paddle.Tensor:
+    def soft(self) -> Tensor:
         """The teacher's logits, float32 [B, classes]."""
+        assert self.logits is not None, "only a stage with a teacher asks for soft labels"
         return paddle.to_tensor(self.logits)
 
 
-def feed(task: Task, pipeline: Pipeline, start: int, total: int, damage: Damage) -> Iterator[Target]:
+def feed(task: Task[Any], pipeline: Pipeline, start: int, total: int, damage: Damage) -> Generator[Target, None, None]:
     """Batches from step `start` to `total`, each shown to the teacher where there is one."""
     teacher = task.teacher
     pipelines = (pipeline,) if teacher is None else (pipeline, shown(pipeline, teacher.spec))

@@ -48,18 +48,18 @@ class Progress:
 
 
 def fit(
-    task: Task,
+    task: Task[Any],
     network: nn.Layer,
     objective: Objective,
     *,
-    prepare: Callable[[nn.Layer], None] = nn.Layer.train,
+    prepare: Callable[[nn.Layer], object] = nn.Layer.train,
     pipeline: Pipeline | None = None,
 ) -> Outcome:
     """Train until the last step and return the last state.
 
     objective(logits [B, classes], target) -> [B] losses; prepare sets the mode of the layers before every step;
     pipeline renders the training images, the task's own when left out. Raises Interrupted after a save when a signal
-    came, DataError when the loss is not finite: the weights are then those before the step.
+    came, DataError when the loss is not finite: the step is not taken, and the last checkpoint stands.
     """
     settings = task.settings
     assert isinstance(settings, TrainingSettings)
@@ -103,7 +103,7 @@ def fit(
 
 
 def advance(
-    network: nn.Layer, optimizer: Momentum, objective: Objective, target: Target, rate: float, task: Task
+    network: nn.Layer, optimizer: Momentum, objective: Objective, target: Target, rate: float, task: Task[Any]
 ) -> float:
     """One step of gradient descent; returns the mean loss of the batch."""
     paddle.seed(derive(task.seed, "step", target.step))
@@ -111,8 +111,8 @@ def advance(
     value = float(loss)
     if not np.isfinite(value):
         raise DataError(
-            f"{task.name}: the loss of step {target.step + 1} is {value}, expected a finite number; the weights before "
-            f"it are kept. Lower learning_rate (this step's was {rate:.3g}) or check the teacher. "
+            f"{task.name}: the loss of step {target.step + 1} is {value}, expected a finite number; the last "
+            f"checkpoint is kept. Lower learning_rate (this step's was {rate:.3g}) or check the teacher. "
             f"The batch held {', '.join(target.keys[:4])}, …"
         )
     loss.backward()
@@ -120,7 +120,7 @@ def advance(
     return value
 
 
-def measure_if_due(task: Task, network: nn.Layer, progress: Progress, total: int) -> bool:
+def measure_if_due(task: Task[Any], network: nn.Layer, progress: Progress, total: int) -> bool:
     """Evaluate at the end of an epoch that asks for it; says whether the state is worth keeping on disk now."""
     settings = task.settings
     batch, samples = settings.batch_size, len(task.data)
@@ -130,7 +130,7 @@ def measure_if_due(task: Task, network: nn.Layer, progress: Progress, total: int
     worth = False
     if progress.step == total or epoch // settings.eval_interval > before // settings.eval_interval:
         progress.metrics = evaluate(network, task.validation, task.model.pipeline, task.device)
-        task.journal.measured(task.name, progress.step, epoch, progress.metrics)
+        task.journal.measured(task.name, progress.step, min(epoch, settings.epochs), progress.metrics)
         if progress.metrics["top1"] > progress.best["top1"]:
             progress.best = {"step": progress.step, "top1": progress.metrics["top1"]}
             worth = True

@@ -14,6 +14,7 @@ from ssld.checkpoint import fit_weights
 from ssld.contracts import Arrays, Model, Task
 from ssld.errors import PluginError, RecipeError
 from ssld.seeds import derive
+from ssld.settings import TrainingSettings
 
 
 def build(name: str, options: Mapping[str, Any], classes: int, seed: int = 0) -> nn.Layer:
@@ -33,14 +34,15 @@ def build(name: str, options: Mapping[str, Any], classes: int, seed: int = 0) ->
     return network
 
 
-def use_device(device: str) -> None:
-    """Let paddle compute there. Raises RecipeError where this paddle cannot."""
+def use_device(device: str) -> str:
+    """Let paddle compute there; returns paddle's name for it. Raises RecipeError where this paddle cannot."""
     if device == "gpu" and not paddle.device.is_compiled_with_cuda():
         raise RecipeError(
             "--device gpu: expected a paddle built with CUDA, got the CPU build; install paddlepaddle-gpu, or leave "
             "--device out"
         )
     paddle.device.set_device(device)
+    return str(paddle.device.get_device())
 
 
 def arrays(network: nn.Layer) -> dict[str, np.ndarray]:
@@ -63,15 +65,20 @@ def restored(model: Model, weights: Arrays, what: str) -> nn.Layer:
     return network
 
 
-def student(task: Task) -> nn.Layer:
+def student(task: Task[Any]) -> nn.Layer:
     """The network a task trains: new, from what `from` names, or as a stopped run of the task left it."""
     model = task.model
     network = build(model.network, model.options, len(model.classes), derive(task.seed, "weights"))
     if task.resume is not None:
         load(network, task.resume.weights, f"the checkpoint of {task.name} at step {task.resume.step}")
     elif task.initial is not None:
-        load(network, task.initial, f"{task.settings.start} ({model.network}), which {task.name} starts from")
+        load(network, task.initial, start_of(task.name, task.settings))
     return network
+
+
+def start_of(stage: str, settings: TrainingSettings) -> str:
+    """The weights that a stage starts from, in words."""
+    return f"{settings.start} ({settings.student.name}), which {stage} starts from"
 
 
 def freeze_all_but_head(network: nn.Layer, *, adapt_bn: bool) -> Callable[[nn.Layer], None]:
@@ -82,7 +89,8 @@ def freeze_all_but_head(network: nn.Layer, *, adapt_bn: bool) -> Callable[[nn.La
     """
     head = network.head + "."
     for name, parameter in network.named_parameters():
-        parameter.stop_gradient = not name.startswith(head)
+        # paddle counts the statistics of a batch norm as parameters, which never take a gradient
+        parameter.stop_gradient = parameter.stop_gradient or not name.startswith(head)
     norms = [layer for layer in network.sublayers() if isinstance(layer, nn.BatchNorm2D | nn.BatchNorm)]
 
     def prepare(layer: nn.Layer) -> None:

@@ -71,7 +71,6 @@ def test_a_wrong_override(ssld, override, said):
     untouched(ssld)
 
 
-@pytest.mark.xfail(strict=True, reason="the plan does not look for students, losses and teachers by name")
 @pytest.mark.parametrize(
     ("override", "said"),
     [
@@ -96,7 +95,6 @@ def test_an_unknown_option_of_a_student_is_refused_before_anything_is_spent(ssld
     unspent(ssld)
 
 
-@pytest.mark.xfail(strict=True, reason="the command that continues is printed after every error but ChangedError")
 def test_no_command_that_continues_is_printed_where_it_would_end_the_same_way(ssld):
     assert "continue:" not in ssld("run", "tiny.yaml", "-o", WRONG_OPTION, code=2).err
 
@@ -200,7 +198,6 @@ def test_weights_of_another_network_do_not_teach(ssld, reference):
     unspent(ssld)
 
 
-@pytest.mark.xfail(strict=True, reason="the weights file of `from` is read only when its stage begins")
 def test_weights_of_another_network_are_no_start(ssld, reference):
     weights = reference.directory / "teach" / "latest" / "student.safetensors"
     words = ("-o", f"stages.finetune.from={weights}", "-o", "stages.finetune.student=MobileNetV3_small_x0_5")
@@ -279,7 +276,6 @@ def test_no_run_below_a_file(ssld):
     assert (ssld.folder / "file").read_text() == "mine"
 
 
-@pytest.mark.xfail(strict=True, reason="the journal lets the operating system's error through")
 def test_a_log_that_cannot_be_written_ends_the_run_in_one_message(ssld):
     run = ssld.folder / "runs" / "tiny"
     run.mkdir(parents=True)

@@ -115,7 +115,6 @@ def test_doctor_finds_nothing_wrong(examined):
     assert "WRONG" not in examined.out
 
 
-@pytest.mark.xfail(strict=True, reason="doctor imports paddle before ssld.train, which imports it quietly")
 def test_doctor_keeps_standard_error_clean(examined):
     assert examined.err == ""
 

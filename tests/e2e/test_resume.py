@@ -43,12 +43,7 @@ def test_kill_at_three_random_points_of_the_run_costs_nothing_but_time(ssld, ref
 @pytest.mark.parametrize(
     ("number", "code", "stage"),
     [
-        pytest.param(
-            signal.SIGTERM,
-            143,
-            "distill",
-            marks=pytest.mark.xfail(strict=True, reason="paddle takes SIGTERM over, being imported after the handler"),
-        ),
+        pytest.param(signal.SIGTERM, 143, "distill"),
         (signal.SIGINT, 130, "fixres"),
     ],
 )

@@ -91,9 +91,6 @@ def test_a_stage_is_new_then_stopped_then_finished(run, node, status):
     assert (status().kind, status().metrics, status().seconds) == ("done", {"top1": 0.5}, 1.5)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="operators count as changed by the order of their keys, which a checkpoint sorts"
-)
 def test_what_differs_is_said(run, node, status):
     run.save(node, MODEL, state(4), finished=True)
     basis = {**node.basis, "seed": 7, "settings": {**node.basis["settings"], "epochs": 11}}
@@ -145,7 +142,6 @@ def test_a_damaged_checkpoint_is_reported_and_passed_over(run, node):
     assert "step 2" in reports[0]
 
 
-@pytest.mark.xfail(strict=True, reason="keep_last counts later, damaged checkpoints and so removes the one just saved")
 def test_what_was_just_saved_stays_when_a_later_one_is_damaged(run, node):
     """A run that goes on before a damaged checkpoint saves steps that are below it."""
     one = dataclasses.replace(node, settings=node.settings.model_copy(update={"keep_last": 1}))

@@ -78,7 +78,6 @@ def test_the_resolution_rises_as_in_ssld(resolution, higher):
     assert settings(resolution=64).resolved(Context(resolution=resolution, samples=9)).resolution == 64
 
 
-@pytest.mark.xfail(strict=True, reason="8 px, the smallest that a recipe may say, stays 8 px")
 def test_the_resolution_is_higher_wherever_it_starts():
     resolved = {side: settings().resolved(Context(resolution=side, samples=9)).resolution for side in range(8, 500)}
     assert {side: higher for side, higher in resolved.items() if higher <= side} == {}

@@ -146,7 +146,6 @@ def test_the_head_is_told_by_its_whole_name():
     assert not network.top[2].weight.stop_gradient
 
 
-@pytest.mark.xfail(strict=True, reason="freezing lets gradients reach the statistics of a batch norm in the head")
 def test_statistics_of_a_norm_in_the_head_never_become_trainable():
     network = Normed(2)
     networks.freeze_all_but_head(network, adapt_bn=True)

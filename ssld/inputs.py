@@ -1,0 +1,114 @@
+"""What a stage is given: earlier results, outside weights, and a teacher that was looked at first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ssld import checkpoint, plugins, teaching
+from ssld.contracts import Arrays, Model, Task, Teacher
+from ssld.errors import PluginError, TeacherError
+from ssld.graph import Node, Plan, pipeline
+from ssld.journal import Journal
+from ssld.rundir import Options, RunDirectory, result_of, state_of
+from ssld.seeds import derive
+from ssld.settings import TeacherSetting
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Reads for a stage what it may not read itself."""
+
+    run: RunDirectory
+    plan: Plan
+    options: Options
+
+    def task(
+        self,
+        node: Node,
+        reached: checkpoint.Checkpoint | None,
+        *,
+        stop: Callable[[], int | None],
+        journal: Journal,
+    ) -> Task[Any]:
+        """Everything as values; reached: the checkpoint at which an earlier run of the stage stopped."""
+        settings, data, recipe = node.settings, self.plan.data, self.plan.recipe
+        evaluate = pipeline(recipe, "eval", settings.resolution)
+        model = Model(settings.student.name, settings.student.options, data.classes, evaluate)
+        return Task(
+            name=node.name,
+            model=model,
+            settings=settings,
+            seed=derive(recipe.seed, node.name),
+            device=self.options.device,
+            data=data.named(settings.data),
+            validation=data.validation,
+            test=data.test if node is self.plan.nodes[-1] else None,
+            train=pipeline(recipe, "train", settings.resolution),
+            initial=self.initial(node, journal),
+            teacher=self.teacher(node, journal) if settings.taught_by else None,
+            resume=state_of(reached) if reached else None,
+            damage_budget=data.damage_budget(settings.data),
+            save=lambda state: self.run.save(node, model, state, finished=False),
+            stop=stop,
+            journal=journal,
+        )
+
+    def teacher(self, node: Node, journal: Journal) -> Teacher:
+        """Load the teacher of a stage and check that it can be learned from.
+
+        Raises TeacherError for answers of the wrong form and for a teacher at chance level, PluginError for no teacher.
+        """
+        setting, data = node.settings.taught_by, self.plan.data
+        assert setting is not None, "only asked for a stage that has a teacher"
+        name, options = named(setting)
+        supplied = {"classes": data.classes, "resolution": node.settings.resolution, "device": self.options.device}
+        if setting.stage is not None:
+            model, weights = self._finished(setting.stage, journal)
+            supplied |= {"model": model, "weights": weights}
+        teacher = plugins.call("teachers", name, options, supplied)
+        if not isinstance(teacher, Teacher):
+            raise PluginError(
+                f"teacher {name!r} of {plugins.origin('teachers', name)}: expected an object with spec and predict, "
+                f"got {type(teacher).__name__}"
+            )
+        who = f"the teacher {setting.stage or setting.network or setting.plugin} of {node.name}"
+        evaluate = pipeline(self.plan.recipe, "eval", node.settings.resolution)
+        self._judge(teaching.check(teacher, data.validation, evaluate, data.classes, who), who, journal)
+        return teacher
+
+    def _judge(self, quality: teaching.Quality, who: str, journal: Journal) -> None:
+        chance = 1 / len(self.plan.data.classes)
+        journal.record("teacher", who=who, top1=quality.accuracy, low=quality.low, high=quality.high, chance=chance)
+        if quality.low <= chance and not self.options.trust_teacher:
+            raise TeacherError(
+                f"{who}: expected better than chance, {chance:.3f}, got {quality}; check its weights, its class "
+                f"order and its mean and std, or give --trust-teacher"
+            )
+        journal.note(f"{who}: {quality}, chance {chance:.3f}")
+
+    def _finished(self, name: str, journal: Journal) -> tuple[Model, Arrays]:
+        found = checkpoint.latest(self.run.stage(self.plan.node(name)), journal.note)
+        assert found is not None, "a stage runs after those it reads"
+        return result_of(found)
+
+    def initial(self, node: Node, journal: Journal) -> Arrays | None:
+        """The weights that `from` names, of a stage or a file."""
+        start = node.settings.start
+        if start is None:
+            return None
+        if start.endswith(".safetensors"):
+            return checkpoint.read_weights(Path(start))
+        return self._finished(start, journal)[1]
+
+
+def named(setting: TeacherSetting) -> tuple[str, dict[str, Any]]:
+    """The teacher's entry point, and the recipe's keys for it."""
+    if setting.stage is not None:
+        return "stage", {"stage": setting.stage}
+    if setting.network is not None:
+        return "network", {"network": setting.network, **setting.options}
+    assert setting.plugin is not None, "a teacher is given in exactly one way"
+    return setting.plugin, setting.options
