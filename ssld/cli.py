@@ -60,33 +60,33 @@ def main() -> None:
     """
 
 
-@main.command()
+@main.command(short_help="Do what a recipe says, or go on where an earlier run of it stopped.")
 @with_recipe
 @click.option("--out", type=click.Path(path_type=Path), help="The run directory; runs/NAME when left out.")
 @click.option("--device", type=click.Choice(["cpu", "gpu"]), default="cpu", show_default=True)
 @click.option("--rerun", is_flag=True, help="Do again what a changed recipe affects; old results move to attempt.N.")
 @click.option("--trust-teacher", is_flag=True, help="Go on with a teacher that is no better than chance.")
 def run(recipe: str, out: Path | None, overrides: tuple[str, ...], **options: Any) -> None:
-    """Do what a recipe says, or go on where an earlier run of it stopped.
-
-    \b
+    """\b
     Examples:
       ssld run mobilenetv3_ssld
       ssld run recipes/mobilenetv3_ssld.yaml -o data.unlabeled=POOL -o data.labeled=TRAIN -o data.validation=VAL
+
+    Do what a recipe says, or go on where an earlier run of it stopped.
     """
     finish(ssld.run(recipe, out, overrides=overrides, **options))
 
 
-@main.command()
+@main.command(short_help="Go on exactly where a run stopped, or start again from one of its stages.")
 @click.option("--stage", help="Start again from this stage (number or name); what comes before stays.")
 @click.option("--out", type=click.Path(path_type=Path), help="The run directory; the newest under runs/ when left out.")
 def resume(stage: str | None, out: Path | None) -> None:
-    """Go on exactly where a run stopped, or start again from one of its stages.
-
-    \b
+    """\b
     Examples:
       ssld resume
       ssld resume --stage 2
+
+    Go on exactly where a run stopped, or start again from one of its stages.
     """
     finish(ssld.resume(out, stage=stage))
 
@@ -104,43 +104,43 @@ def remark(overview: ssld.Overview) -> None:
         click.echo(line, err=True)
 
 
-@main.command()
+@main.command(short_help="Show the stages in order, the numbers that are derived, and what would run, and why.")
 @with_recipe
 @click.option("--out", type=click.Path(path_type=Path), help="The run directory; runs/NAME when left out.")
 def plan(recipe: str, out: Path | None, overrides: tuple[str, ...], limit: int | None) -> None:
-    """Show the stages in order, the numbers that are derived, and what would run, and why. Writes only the index cache.
-
-    \b
+    """\b
     Example:
       ssld plan mobilenetv3_ssld -o stages.distill.epochs=30
+
+    Show the stages in order, the numbers that are derived, and what would run, and why. Writes only the index cache.
     """
     overview = ssld.plan(recipe, out, overrides=overrides, limit=limit)
     remark(overview)
     show(*overview.forecast())
 
 
-@main.command()
+@main.command(short_help="Show where each stage of a run stands.")
 @click.argument("directory", required=False, type=click.Path(path_type=Path))
 def status(directory: Path | None) -> None:
-    """Show where each stage of a run stands.
-
-    \b
+    """\b
     Example:
       ssld status runs/mobilenetv3_ssld
+
+    Show where each stage of a run stands.
     """
     overview = ssld.status(directory)
     remark(overview)
     show(*overview.table())
 
 
-@main.command("list")
+@main.command("list", short_help="List what is installed: name, distribution and version.")
 @click.argument("what", type=click.Choice(["teachers", "students", "stages", "losses", "recipes"]))
 def list_(what: str) -> None:
-    """List what is installed: name, distribution and version. Nothing is imported.
-
-    \b
+    """\b
     Example:
       ssld list students
+
+    List what is installed: name, distribution and version. Nothing is imported.
     """
     from ssld import plugins, recipe
 
@@ -153,18 +153,18 @@ def list_(what: str) -> None:
         )
 
 
-@main.command()
+@main.command(short_help="Write a folder or a list of images as shards.")
 @click.argument("source")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--unlabeled", is_flag=True, help="The source has no labels, or they are not wanted.")
 @click.option("--shard-size", type=click.IntRange(min=1), default=1000, show_default=True, help="Images per shard.")
 @click.option("--max-damaged", type=click.IntRange(min=0), default=0, show_default=True, help="Skip so many at most.")
 def pack(source: str, out: Path, unlabeled: bool, shard_size: int, max_damaged: int) -> None:
-    """Write a folder or a list of images as shards.
-
-    \b
+    """\b
     Example:
       ssld pack photos/ shards/ --unlabeled
+
+    Write a folder or a list of images as shards.
     """
     from ssld.data.pack import pack as write
     from ssld.data.sources import open_source
@@ -183,16 +183,16 @@ def pack(source: str, out: Path, unlabeled: bool, shard_size: int, max_damaged: 
     click.echo(f"{report.written} images in {report.shards} shards in {out}, {len(report.damaged)} skipped")
 
 
-@main.command("eval")
+@main.command("eval", short_help="Measure a checkpoint on a labeled set.")
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.argument("data")
 @click.option("--device", type=click.Choice(["cpu", "gpu"]), default="cpu", show_default=True)
 def evaluate(checkpoint: Path, data: str, device: str) -> None:
-    """Measure a checkpoint on a labeled set.
-
-    \b
+    """\b
     Example:
       ssld eval runs/mobilenetv3_ssld/finetune/best photos/test
+
+    Measure a checkpoint on a labeled set.
     """
     from ssld.score import score
 
@@ -200,14 +200,14 @@ def evaluate(checkpoint: Path, data: str, device: str) -> None:
     show(("images", *metrics), [(str(images), *(f"{value:.4f}" for value in metrics.values()))])
 
 
-@main.command()
+@main.command(short_help="Say whether the installation is right: versions, device, threads, one training step.")
 @click.option("--device", type=click.Choice(["cpu", "gpu"]), default="cpu", show_default=True)
 def doctor(device: str) -> None:
-    """Say whether the installation is right: versions, device, threads, one training step.
-
-    \b
+    """\b
     Example:
       ssld doctor
+
+    Say whether the installation is right: versions, device, threads, one training step.
     """
     from ssld.doctor import examine
 
@@ -217,13 +217,13 @@ def doctor(device: str) -> None:
         raise SsldError(f"{len(wrong)} of {len(findings)} checks failed: {', '.join(item.name for item in wrong)}")
 
 
-@main.command()
+@main.command(short_help="Print the JSON schema of recipes, for editors.")
 def schema() -> None:
-    """Print the JSON schema of recipes, for editors.
-
-    \b
+    """\b
     Example:
       ssld schema > recipe.schema.json
+
+    Print the JSON schema of recipes, for editors.
     """
 
     from ssld.recipe import schema as recipe_schema

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import signal
 import threading
@@ -146,10 +147,18 @@ class Walk:
         with self._signals():
             preflight(todo, self.inputs, journal)
             self._set_aside(old, before, reason, journal)
-            self.run.begin(dump(self.plan.recipe), self.options)
-            journal.record("start", recipe=dump(self.plan.recipe), environment=environment())
+            self._begin(journal)
             for node in todo:
                 self._run_stage(node, journal)
+
+    def _begin(self, journal: Journal) -> None:
+        text = dump(self.plan.recipe)
+        self.run.begin(text, self.options)
+        journal.detail(f"recipe\n{text}")
+        for node in self.plan.nodes:
+            journal.detail(f"{node.name}, resolved: {json.dumps(node.basis['settings'], sort_keys=True)}")
+        journal.detail(f"environment: {json.dumps(environment(), sort_keys=True)}")
+        journal.record("start", recipe=text, environment=environment())
 
     def _set_aside(self, old: list[Node], before: list[tuple[Node, Status]], reason: str, journal: Journal) -> None:
         spent = sum(status.seconds for node, status in before if node in old)
@@ -175,12 +184,14 @@ class Walk:
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """SIGTERM and Ctrl-C set a flag that the training loop reads after each step."""
+        """SIGTERM and Ctrl-C set a flag that the training loop reads after each step; the third one acts at once."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
 
         def remember(number: int, frame: object) -> None:
+            if self.signal is not None:
+                signal.signal(number, old[number])
             self.signal = number
 
         old = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGINT)}

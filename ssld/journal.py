@@ -80,9 +80,13 @@ class Journal:
         self._kept(lambda: file.write(line + "\n"))
         self._kept(file.flush)
 
+    def detail(self, text: str) -> None:
+        """Lines for people who look into train.log."""
+        self._append(self.log, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}")
+
     def note(self, text: str) -> None:
         """One line for people."""
-        self._append(self.log, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}")
+        self.detail(text)
         self.console.print(text, markup=False, soft_wrap=True)
 
     def record(self, event: str, **fields: Any) -> None:

@@ -34,6 +34,10 @@ class Finetune(TrainingSettings):
     def _something_teaches(self) -> Finetune:
         if self.teacher is None and self.hard < 1:
             raise ValueError(f"expected a teacher, or hard: 1 to learn from labels alone, got hard: {self.hard:g}")
+        if self.teacher is not None and self.hard == 1:
+            raise ValueError(
+                "expected no teacher beside hard: 1, which learns from labels alone; lower hard, or drop it"
+            )
         return self
 
     def derived(self, context: Context) -> dict[str, Any]:

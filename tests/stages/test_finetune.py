@@ -51,8 +51,8 @@ def test_a_share_of_both_is_their_weighted_sum(objective_of, make_task, teacher)
     logits = paddle.to_tensor(draw.normal(size=(3, 4)).astype(np.float32))
     target = Target(0, np.zeros(0), ("a",) * 3, np.array([1, 3, 0]), draw.normal(size=(3, 4)).astype(np.float32))
     soft, mixed, hard = (
-        objective_of(stage, make_task("finetune", {**START, **TAUGHT, "hard": share}, teacher=teacher))(logits, target)
-        for share in (0, 0.25, 1)
+        objective_of(stage, make_task("finetune", {**START, **taught, "hard": share}, teacher=teacher))(logits, target)
+        for share, taught in ((0, TAUGHT), (0.25, TAUGHT), (1, {}))
     )
     assert np.abs(soft.numpy() - hard.numpy()).min() > 0.05
     np.testing.assert_allclose(mixed.numpy(), 0.75 * soft.numpy() + 0.25 * hard.numpy(), rtol=1e-5)
@@ -68,6 +68,8 @@ def test_something_must_teach():
     with pytest.raises(ValidationError, match=r"expected a teacher, or hard: 1 .*, got hard: 0\.5"):
         settings(hard=0.5)
     assert settings(hard=1).teacher is None
+    with pytest.raises(ValidationError, match=r"expected no teacher beside hard: 1"):
+        settings(hard=1, **TAUGHT)
 
 
 @pytest.mark.parametrize(
