@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 from urllib.parse import parse_qsl
 
 import numpy as np
@@ -14,6 +12,7 @@ import numpy as np
 from ssld.data.samples import Samples, digest, spread, virtual_shards
 from ssld.errors import DataError, RecipeError
 from ssld.seeds import generator
+from ssld.wording import near
 
 DIGITS_PARTS: Mapping[str, slice] = {"labeled": slice(0, 400), "validation": slice(400, 797), "pool": slice(797, None)}
 """Where each part lies in the fixed order of the 1,797 images, which goes round the classes."""
@@ -26,7 +25,7 @@ def open_builtin(spec: str, *, labeled: bool) -> Samples:
     """
     name, _, query = spec.partition("?")
     if name not in SOURCES:
-        raise RecipeError(f"builtin:{spec}: expected one of {', '.join(SOURCES)}, got {name!r}{nearest(name, SOURCES)}")
+        raise RecipeError(f"builtin:{spec}: expected a built-in source, got {name!r}; {near(name, SOURCES)}")
     opener, known = SOURCES[name]
     try:
         options = parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query))
@@ -34,14 +33,8 @@ def open_builtin(spec: str, *, labeled: bool) -> Samples:
         raise RecipeError(f"builtin:{spec}: expected options as key=value&key=value, got {query!r}") from error
     for key, _value in options:
         if key not in known:
-            raise RecipeError(f"builtin:{spec}: expected options {', '.join(known)}, got {key!r}{nearest(key, known)}")
+            raise RecipeError(f"builtin:{spec}: expected an option of {name}, got {key!r}; {near(key, known)}")
     return opener(f"builtin:{spec}", dict(options), labeled)
-
-
-def nearest(word: str, known: Sequence[str] | Mapping[str, Any]) -> str:
-    """A hint for the end of a message: the known name that is nearest to a wrong one, if any is near."""
-    close = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 # Digits --------------------------------------------------------------------------------------------------------------
@@ -67,8 +60,7 @@ class _Digits:
 def _open_digits(name: str, options: Mapping[str, str], labeled: bool) -> Samples:
     part = options.get("part", "")
     if part not in DIGITS_PARTS:
-        expected = ", ".join(DIGITS_PARTS)
-        raise RecipeError(f"{name}: expected part=, one of {expected}, got {part!r}{nearest(part, DIGITS_PARTS)}")
+        raise RecipeError(f"{name}: expected a part, as in part=pool, got {part!r}; {near(part, DIGITS_PARTS)}")
     images, targets = _load_digits()
     rows = spread(targets, "digits")[DIGITS_PARTS[part]]
     labels = targets[rows] if labeled else None

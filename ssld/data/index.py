@@ -165,9 +165,10 @@ class Shards:
 
 
 def load_index(paths: Sequence[Path], cache: Path) -> Index:
-    """The index of these shards: from the sidecar where its sizes fit, else from the cache, else from their headers.
+    """The index of these shards: from the sidecar where it fits, else from the cache, else from their headers.
 
-    Raises DataError for a shard that is no whole tar of samples, StorageError when the cache cannot be written.
+    Raises DataError for a shard that is no whole tar of samples, StorageError when the cache cannot be written, and
+    OSError when a file cannot be read.
     """
     sidecars = {folder: _read(folder / SIDECAR) for folder in {path.parent for path in paths}}
     places = {
@@ -179,11 +180,21 @@ def load_index(paths: Sequence[Path], cache: Path) -> Index:
     parts = []
     for path in paths:
         sidecar, number = sidecars[path.parent], places.get((path.parent, path.name))
-        if sidecar is not None and number is not None and sidecar.lengths[number] == path.stat().st_size:
+        if sidecar is not None and number is not None and _describes(sidecar, number, path):
             parts.append(sidecar.part(number))
         else:
             parts.append(_cached(path, cache))
     return join(parts)
+
+
+def _describes(sidecar: Index, number: int, shard: Path) -> bool:
+    """Whether the shard is the one that was indexed, by its size and its time.
+
+    Members are padded to whole blocks, so a shard with other labels has the same size, and the same headers too.
+    """
+    facts = shard.stat()
+    indexed = (shard.parent / SIDECAR).stat().st_mtime_ns
+    return bool(sidecar.lengths[number] == facts.st_size) and facts.st_mtime_ns <= indexed
 
 
 def _cached(path: Path, cache: Path) -> Index:
@@ -197,6 +208,7 @@ def _cached(path: Path, cache: Path) -> Index:
     temporary = entry.with_suffix(f".tmp-{os.getpid()}")
     try:
         cache.mkdir(parents=True, exist_ok=True)
+        # no fsync, which a thousand shards would wait for: an entry that a power cut damaged is seen and made anew
         temporary.write_bytes(index.encode())
         os.replace(temporary, entry)
     except OSError as error:
@@ -215,17 +227,18 @@ def index_shard(path: Path) -> Index:
     """The index of one tar shard, from its headers; nothing is decompressed or decoded.
 
     Raises DataError, naming the shard and the sample, for what is compressed, cut short or no tar, and for samples
-    without an image, with a member given twice, or with members that are not side by side.
+    without an image, with a member given twice, or with members that are not side by side; OSError where there is
+    no file to be opened.
     """
-    try:
-        with path.open("rb") as shard:
-            length = os.fstat(shard.fileno()).st_size
+    with path.open("rb") as shard:
+        length = os.fstat(shard.fileno()).st_size
+        try:
             _check_whole(path, shard, length)
             with tarfile.open(fileobj=shard, mode="r:") as tar:
                 rows = list(_samples(path, shard, tar))
                 _check_tail(path, shard, tar.offset, length)
-    except (tarfile.TarError, OSError) as error:
-        raise DataError(f"{path}: expected a whole, uncompressed tar shard, got: {error}; copy it again") from error
+        except (tarfile.TarError, OSError) as error:
+            raise DataError(f"{path}: expected a whole, uncompressed tar shard, got: {error}; copy it again") from error
     if not rows:
         raise DataError(f"{path}: expected samples, got a tar without any; remove it from the source")
     names, offsets, sizes, labels = zip(*rows, strict=True)

@@ -47,19 +47,27 @@ class Batch:
 
 @dataclass
 class Damage:
-    """The damaged images of one set, each counted once. found: place and reason, by the sample's index."""
+    """The damaged images of one set, each counted once.
+
+    budget: how many are passed over; report: is told of each as it is first met, None where only the error at the end
+    of the budget speaks; found: place and reason, by the sample's index.
+    """
 
     budget: int
+    report: Callable[[str], None] | None = None
     found: dict[int, str] = field(default_factory=dict)
 
     def add(self, index: int, where: str, error: DataError) -> None:
         """Count one image. Raises DataError, from `error`, when the budget is exceeded."""
+        is_new = index not in self.found
         self.found[index] = f"{where}: {error}"
         if len(self.found) > self.budget:
             raise DataError(
                 f"expected at most {self.budget} damaged images, got {len(self.found)}; the last is "
                 f"{self.found[index]}; replace it or take it out of the data"
             ) from error
+        if is_new and self.report is not None:
+            self.report(f"skipped, damaged: {self.found[index]} ({len(self.found)} of at most {self.budget})")
 
 
 def training_batches(

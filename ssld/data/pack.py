@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,11 +15,12 @@ import numpy as np
 from PIL import Image
 from webdataset import TarWriter
 
-from ssld.data.images import decode
+from ssld.data.images import FORMATS, decode
 from ssld.data.index import SIDECAR, index_shard, join
 from ssld.data.samples import Samples
 from ssld.data.sources import CLASSES_FILE
 from ssld.errors import DataError, OutputError, RecipeError, StorageError
+from ssld.files import disk
 
 _WORK = ".packing"
 """Where shards are written, in the output directory, until all are whole; a killed run may leave it behind."""
@@ -126,44 +126,40 @@ def _load(source: Samples, i: int) -> dict[str, bytes]:
         decode(data)
     except DataError as error:
         raise DataError(f"{source.where(i)}: {error}") from error
-    return {source.where(i).rpartition(".")[2].lower(): data}
+    return {_extension(data): data}
+
+
+def _extension(data: bytes) -> str:
+    """What the name of the member ends in, by the content: a file's own name may say nothing, or be wrong."""
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        # JPEG has two names: Pillow calls it MPO where more pictures follow the first
+        return {"PNG": "png", "WEBP": "webp"}.get(str(image.format), "jpg")
 
 
 def _write_shards(samples: Iterator[dict[str, Any]], folder: Path, shard_size: int) -> list[Path]:
     shards: list[Path] = []
     for first in samples:
         shard = folder / f"shard-{len(shards):06d}.tar"
-        with shard.open("wb") as file:
-            with TarWriter(file, encoder=False, mtime=0) as writer:
-                for sample in chain([first], islice(samples, shard_size - 1)):
-                    writer.write(sample)
-            _sync(file)
+        with shard.open("wb") as file, TarWriter(file, encoder=False, mtime=0) as writer:
+            for sample in chain([first], islice(samples, shard_size - 1)):
+                writer.write(sample)
+        disk.fsync(shard)
         shards.append(shard)
     return shards
 
 
 def _write_sidecars(source: Samples, folder: Path, shards: list[Path]) -> None:
+    contents = {SIDECAR: join([index_shard(shard) for shard in shards]).encode()}
     if source.classes is not None:
-        _write(folder / CLASSES_FILE, "".join(f"{name}\n" for name in source.classes).encode())
-    _write(folder / SIDECAR, join([index_shard(shard) for shard in shards]).encode())
-
-
-def _write(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        _sync(file)
-
-
-def _sync(file: io.BufferedWriter) -> None:
-    file.flush()
-    os.fsync(file.fileno())
+        contents[CLASSES_FILE] = "".join(f"{name}\n" for name in source.classes).encode()
+    for name, data in contents.items():
+        disk.write(folder / name, data)
+        disk.fsync(folder / name)
 
 
 def _publish(work: Path, out: Path) -> None:
     """Move the whole files to their place, the sidecar last."""
     for file in sorted(work.iterdir(), key=lambda file: (file.name == SIDECAR, file.name)):
-        os.replace(file, out / file.name)
+        disk.replace(file, out / file.name)
     work.rmdir()
-    folder = os.open(out, os.O_RDONLY)
-    os.fsync(folder)
-    os.close(folder)
+    disk.fsync_directory(out)

@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 from braceexpand import braceexpand
 
-from ssld.data.builtin import nearest, open_builtin
+from ssld.data.builtin import open_builtin
 from ssld.data.index import BAD_LABEL, IMAGE_EXTENSIONS, Index, Shards, Strings, load_index, text
 from ssld.data.samples import Samples, digest, virtual_shards
 from ssld.errors import DataError, RecipeError
+from ssld.wording import near
 
 KINDS: Mapping[str, tuple[str, ...]] = {
     "folder": (),
@@ -30,6 +31,7 @@ CLASSES_FILE = "classes.txt"
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 _IMAGES = f"(.{', .'.join(IMAGE_EXTENSIONS)})"
 _SHOWN = 3
+_HINT = 200
 
 
 def open_source(spec: str | Mapping[str, Any], *, labeled: bool, cache: Path | None = None) -> Samples:
@@ -41,19 +43,33 @@ def open_source(spec: str | Mapping[str, Any], *, labeled: bool, cache: Path | N
     cache: where indexes of shards are kept; by default ssld/index in XDG_CACHE_HOME or ~/.cache.
     Raises RecipeError for a spec that says nothing known, DataError for data that are not what it says.
     """
+    try:
+        return _open(spec, labeled, cache or _default_cache())
+    except OSError as error:
+        todo = "give this user the right to read it" if isinstance(error, PermissionError) else "repair or remove it"
+        place = text(os.fsencode(error.filename or str(spec)))
+        raise DataError(f"{place}: expected to read it, got: {error.strerror or error}; {todo}") from error
+
+
+def _open(spec: str | Mapping[str, Any], labeled: bool, cache: Path) -> Samples:
     name, kind, value, extra = _parse(spec)
     if kind == "builtin":
         return open_builtin(value, labeled=labeled)
     if kind == "folder":
         return _open_folder(name, _existing(value), labeled)
-    classes = Path(extra["classes"]).expanduser() if "classes" in extra else None
+    classes = _path(extra["classes"]) if "classes" in extra else None
     if kind == "list":
         return _open_list(name, _existing(value), extra.get("root"), classes, labeled)
-    return _open_shards(name, _expand(value), classes, labeled, cache or _default_cache())
+    return _open_shards(name, _expand(value), classes, labeled, cache)
 
 
 def _default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ssld" / "index"
+
+
+def _path(value: str) -> Path:
+    # unlike Path.expanduser, this leaves the home of a user who is not known as it is
+    return Path(os.path.expanduser(value))
 
 
 def _parse(spec: str | Mapping[str, Any]) -> tuple[str, str, str, dict[str, str]]:
@@ -64,12 +80,12 @@ def _parse(spec: str | Mapping[str, Any]) -> tuple[str, str, str, dict[str, str]
     kinds = [kind for kind in KINDS if kind in spec]
     if len(kinds) != 1:
         got = " and ".join(kinds) or name or "nothing"
-        hint = next((nearest(str(key), tuple(KINDS)) for key in spec), "")
-        raise RecipeError(f"data source: expected exactly one of {', '.join(KINDS)}, got {got}{hint}")
+        unknown = next((str(key) for key in spec if key not in kinds), "")
+        raise RecipeError(f"data source: expected exactly one kind, got {got}; {near(unknown, KINDS)}")
     known = (kinds[0], *KINDS[kinds[0]])
     for key, value in spec.items():
         if key not in known:
-            raise RecipeError(f"{name}: expected only the keys {', '.join(known)}, got {key}{nearest(str(key), known)}")
+            raise RecipeError(f"{name}: expected keys of the kind {kinds[0]}, got {key}; {near(str(key), known)}")
         if not isinstance(value, str | os.PathLike):
             raise RecipeError(f"{name}: expected text for {key}, got {value!r}; write a path, in quotes if need be")
     values = {key: os.fspath(value) for key, value in spec.items()}
@@ -84,7 +100,7 @@ def _guess(spec: str) -> tuple[str, str]:
     if spec.startswith("builtin:"):
         return "builtin", spec.removeprefix("builtin:")
     _refuse_scheme(spec)
-    path = Path(spec).expanduser()
+    path = _path(spec)
     if path.is_dir():
         shards = _shards_in(path)
         return ("shards", spec) if shards else ("folder", spec)
@@ -103,13 +119,15 @@ def _refuse_scheme(spec: str) -> None:
 
 
 def _existing(value: str) -> Path:
-    path = Path(value).expanduser()
+    path = _path(value)
     if path.exists():
         return path
-    near = (
-        nearest(path.name, tuple(os.listdir(path.parent))) if path.parent.is_dir() else f"; nor is {path.parent} there"
-    )
-    raise DataError(f"{value}: expected a folder or a file, got nothing at {path.absolute()}{near}")
+    if path.parent.is_dir():
+        hint = near(path.name, sorted(name for name in os.listdir(path.parent) if name[0] != "."))
+        hint = hint if len(hint) <= _HINT else f"{hint[:_HINT]}…"
+    else:
+        hint = f"nor is {path.parent} there"
+    raise DataError(f"{value}: expected a folder or a file, got nothing at {path.absolute()}; {hint}")
 
 
 # Folders and list files ----------------------------------------------------------------------------------------------
@@ -212,20 +230,17 @@ def _class_folders(name: str, root: Path) -> list[str]:
 
 def _scan(folder: str, prefix: str, columns: _Columns, above: frozenset[tuple[int, int]]) -> None:
     """Add the images of a folder, sorted, at any depth; links are followed, hidden names skipped."""
-    try:
-        facts = os.stat(folder)
-        here = (facts.st_dev, facts.st_ino)
-        if here in above:
-            raise DataError(f"{folder}: expected folders, got a link to a folder above it; remove the link")
-        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-            if entry.name[0] == ".":
-                continue
-            if entry.is_dir():
-                _scan(entry.path, f"{prefix}{entry.name}/", columns, above | {here})
-            elif _is_image(entry.name):
-                columns.add(prefix + entry.name, entry.stat())
-    except OSError as error:
-        raise DataError(f"{error.filename}: expected to read it, got: {error.strerror}; repair or remove it") from error
+    facts = os.stat(folder)
+    here = (facts.st_dev, facts.st_ino)
+    if here in above:
+        raise DataError(f"{folder}: expected folders, got a link to a folder above it; remove the link")
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        if entry.name[0] == ".":
+            continue
+        if entry.is_dir():
+            _scan(entry.path, f"{prefix}{entry.name}/", columns, above | {here})
+        elif _is_image(entry.name):
+            columns.add(prefix + entry.name, entry.stat())
 
 
 def _is_image(name: str) -> bool:
@@ -239,7 +254,7 @@ def _open_list(name: str, file: Path, root: str | None, classes_file: Path | Non
     for path in numbers:
         try:
             columns.add(path, os.stat(os.path.join(base, path)))
-        except (OSError, ValueError):  # ValueError: the line holds a zero byte
+        except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: the line holds a zero byte
             missing.append(path)
     if missing:
         lines = ", ".join(f"line {numbers[path]}: {text(os.fsencode(path))}" for path in missing[:_SHOWN])
@@ -336,15 +351,16 @@ def _shards_in(folder: Path) -> list[Path]:
 
 def _expand(pattern: str) -> Sequence[Path]:
     """The shards that a pattern with braces names, or those of a folder; all of them exist, none comes twice."""
-    if Path(pattern).expanduser().is_dir():
-        shards = _shards_in(Path(pattern).expanduser())
+    folder = _path(pattern)
+    if folder.is_dir():
+        shards = _shards_in(folder)
         if not shards:
             raise DataError(
                 f"{pattern}: expected a folder of .tar shards and nothing else, got none, or folders or images"
             )
         return shards
     try:
-        paths = [Path(name).expanduser() for name in braceexpand(pattern)]
+        paths = [_path(name) for name in braceexpand(pattern)]
     except ValueError as error:
         raise RecipeError(f"{pattern}: expected braces in pairs, as in pool-{{000000..000499}}.tar") from error
     missing = [path for path in paths if not path.is_file()]

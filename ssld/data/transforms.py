@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import combinations
 from math import sqrt
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 from PIL import Image
@@ -28,6 +29,8 @@ View = tuple[tuple[int, ...], ...]
 Triple = tuple[float, float, float]
 IMAGENET_MEAN: Triple = (0.485, 0.456, 0.406)
 IMAGENET_STD: Triple = (0.229, 0.224, 0.225)
+_PROBE = (500, 375)
+"""Width and height of an ordinary photograph; it is no square, because a square hides a missing crop."""
 
 _FILTERS = {
     "nearest": Image.Resampling.NEAREST,
@@ -81,8 +84,10 @@ def _scaled(size: tuple[int, int], base: int, resolution: int) -> tuple[int, int
 class Operator(Frozen):
     """One step of a pipeline. Sizes are (width, height) in pixels; a single number means a square."""
 
-    random: ClassVar[bool] = False
-    """Whether it draws."""
+    @property
+    def target(self) -> tuple[int, int] | None:
+        """Least width and height of what it makes, once sizes are filled in; None where it leaves the size alone."""
+        return None
 
     def at(self, base: int, resolution: int) -> Self:
         """The same operator with every size filled in for `resolution`; explicit ones were written for `base`."""
@@ -116,6 +121,10 @@ class ResizeImage(Operator):
         short, per = (256, 224) if self.resize_short is None else (self.resize_short, base)
         return self.model_copy(update={"resize_short": max(1, round(short * resolution / per))})
 
+    @property
+    def target(self) -> tuple[int, int] | None:
+        return self.size if self.resize_short is None else (self.resize_short, self.resize_short)
+
     def apply(self, image: Image.Image, drawn: tuple[int, ...]) -> Image.Image:
         return image.resize(self.size or self._short(image), _FILTERS[self.interpolation])
 
@@ -138,6 +147,10 @@ class CropImage(Operator):
         size = (resolution, resolution) if self.size is None else _scaled(self.size, base, resolution)
         return self.model_copy(update={"size": size})
 
+    @property
+    def target(self) -> tuple[int, int] | None:
+        return self.size
+
     def apply(self, image: Image.Image, drawn: tuple[int, ...]) -> Image.Image:
         assert self.size is not None, "sizes are filled in by at()"
         width, height = self.size
@@ -155,8 +168,6 @@ class RandCropImage(Operator):
     scale: the part's share of the area; ratio: its width over its height. Both are cut to what fits the image.
     """
 
-    random: ClassVar[bool] = True
-
     size: Size | None = None
     scale: Annotated[tuple[Share, Share], AfterValidator(_ascending)] = (0.08, 1.0)
     ratio: Annotated[tuple[Positive, Positive], AfterValidator(_ascending)] = (3 / 4, 4 / 3)
@@ -165,6 +176,10 @@ class RandCropImage(Operator):
     def at(self, base: int, resolution: int) -> Self:
         size = (resolution, resolution) if self.size is None else _scaled(self.size, base, resolution)
         return self.model_copy(update={"size": size})
+
+    @property
+    def target(self) -> tuple[int, int] | None:
+        return self.size
 
     def draw(self, width: int, height: int, rng: np.random.Generator) -> tuple[int, ...]:
         """(left, top, width, height) of the part, in pixels of the source."""
@@ -186,8 +201,6 @@ class RandCropImage(Operator):
 
 class RandFlipImage(Operator):
     """A flip with probability 1/2: horizontal (1), vertical (0) or both at once (-1), as OpenCV numbers them."""
-
-    random: ClassVar[bool] = True
 
     flip_code: Literal[1, 0, -1] = 1
 
@@ -249,6 +262,18 @@ def _check_order(operators: tuple[Operator, ...]) -> None:
         raise ValueError(f"expected one RandCropImage, before what else resizes or crops, got {', '.join(names)}")
 
 
+def _check_growth(steps: tuple[Operator, ...], base: int) -> None:
+    """Sizes of one resolution among sizes of another: only what an image lacks from the start may be made up."""
+    sized = [(type(step).__name__, step.target) for step in steps if step.target is not None]
+    for (small, (width, height)), (large, (wider, higher)) in combinations(sized, 2):
+        if wider > width or higher > height:
+            raise ValueError(
+                f"expected no operator to enlarge what one before it made, got {small} to {min(width, height)} px "
+                f"before {large} of {max(wider, higher)} px, which would blur every image; leave the sizes out, or "
+                f"write them for resolution {base}"
+            )
+
+
 @dataclass(frozen=True)
 class Pipeline:
     """What is done to an image before a network sees it.
@@ -296,10 +321,16 @@ class Pipeline:
             if not isinstance(operator, NormalizeImage)
         )
 
-    @property
-    def random(self) -> bool:
-        """Whether any operator draws."""
-        return any(step.random for step in self.steps)
+    def check(self) -> None:
+        """Try the operators before anything is spent.
+
+        Raises ValueError where they enlarge what they shrank, or end at another size than the resolution.
+        """
+        _check_growth(self.at(self.base).steps, self.base)
+        try:
+            view(Image.new("RGB", _PROBE), self, 0)
+        except DataError as error:
+            raise ValueError(str(error)) from error
 
     def draw(self, width: int, height: int, seed: int) -> View:
         """The view of a source of this size (pixels): a pure function of the seed, the same at every resolution."""

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from ssld.data import builtin
-from ssld.data.builtin import SHAPES, STRIPES, draw_shape, nearest
+from ssld.data.builtin import SHAPES, STRIPES, draw_shape
 from ssld.data.sources import open_source
 from ssld.errors import DataError, RecipeError
 from ssld.seeds import generator
@@ -124,11 +124,13 @@ def _detail(image: np.ndarray) -> float:
 @pytest.mark.parametrize(
     ("spec", "parts"),
     [
-        ("digit", ["digits, shapes", "got 'digit'", "did you mean 'digits'?"]),
-        ("digits", ["labeled, validation, pool", "got ''"]),
-        ("digits?part=pol", ["got 'pol'", "did you mean 'pool'?"]),
-        ("digits?prt=pool", ["got 'prt'", "did you mean 'part'?"]),
-        ("shapes?cout=3", ["count, size, classes, seed", "did you mean 'count'?"]),
+        ("digit", ["got 'digit'; did you mean digits?"]),
+        ("faces", ["got 'faces'; known: digits, shapes"]),
+        ("digits", ["got ''; known: labeled, validation, pool"]),
+        ("digits?part=pol", ["got 'pol'; did you mean pool?"]),
+        ("digits?prt=pool", ["option of digits, got 'prt'; did you mean part?"]),
+        ("shapes?cout=3", ["option of shapes, got 'cout'; did you mean count?"]),
+        ("shapes?zebra=3", ["got 'zebra'; known: count, size, classes, seed"]),
         ("shapes?count=0", ["count as a whole number in [1, ", "got '0'"]),
         ("shapes?classes=13", ["classes as a whole number in [2, 12]", "got '13'"]),
         ("shapes?size=big", ["size", "got 'big'"]),
@@ -139,7 +141,3 @@ def test_options_that_are_not_known(spec: str, parts: list[str]) -> None:
     with pytest.raises(RecipeError) as caught:
         open_source(f"builtin:{spec}", labeled=True)
     assert all(part in str(caught.value) for part in [f"builtin:{spec}", *parts])
-
-
-def test_no_hint_where_nothing_is_near() -> None:
-    assert nearest("zebra", ["count", "size"]) == ""

@@ -176,7 +176,19 @@ def test_a_sidecar_is_used_where_it_fits(tmp_path: Path) -> None:
     (tmp_path / SIDECAR).write_bytes(index.encode())
     assert load_index(paths, tmp_path / "cache").labels.tolist() == [7] * 6
     write_tar(paths[0], [*SAMPLES, ("z.jpg", bytes(20000))])
+    os.utime(paths[0], ns=(0, 0))
     assert load_index(paths, tmp_path / "cache").labels.tolist() == [3, 0, NO_LABEL, NO_LABEL, 7, 7, 7]
+
+
+def test_a_sidecar_does_not_speak_for_a_shard_that_was_written_later(tmp_path: Path) -> None:
+    """Other labels change neither the size of a tar, which is padded, nor its headers."""
+    path = write_tar(tmp_path / "s.tar", [("a.jpg", b"x"), ("a.cls", b"3"), ("b.jpg", b"y"), ("b.cls", b"5")])
+    (tmp_path / SIDECAR).write_bytes(index_shard(path).encode())
+    before, indexed = path.stat(), (tmp_path / SIDECAR).stat().st_mtime_ns
+    write_tar(path, [("a.jpg", b"x"), ("a.cls", b"5"), ("b.jpg", b"y"), ("b.cls", b"3")])
+    os.utime(path, ns=(0, indexed + 1))
+    assert path.stat().st_size == before.st_size
+    assert load_index([path], tmp_path / "cache").labels.tolist() == [5, 3]
 
 
 def test_a_cache_that_cannot_be_written_is_an_error_with_a_way_out(tmp_path: Path) -> None:

@@ -179,6 +179,25 @@ def test_an_image_counts_once_however_often_it_is_met() -> None:
     assert list(damage.found) == [4]
 
 
+@pytest.mark.parametrize("workers", [0, 3])
+def test_each_damaged_image_is_reported_once_as_it_is_first_met(workers: int) -> None:
+    samples, told = Fake(damaged=frozenset({4, 7})), []
+    batches(samples, 20, workers=workers, damage=Damage(2, told.append))
+    met = [index for batch in batches(Fake(), 20) for index in batch.indices.tolist() if index in samples.damaged]
+    assert len(told) == 2
+    for line, index, number in zip(told, dict.fromkeys(met), (1, 2), strict=True):
+        with pytest.raises(DataError) as reason:
+            decode(samples.read(index))
+        assert line == f"skipped, damaged: {samples.where(index)}: {reason.value} ({number} of at most 2)"
+
+
+def test_the_image_over_the_budget_is_named_by_the_error_alone() -> None:
+    told: list[str] = []
+    with pytest.raises(DataError, match=r"at most 1 damaged images, got 2"):
+        batches(Fake(damaged=frozenset({4, 7})), 20, damage=Damage(1, told.append))
+    assert len(told) == 1
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_nothing_readable_ends_the_run_whatever_the_budget(workers: int) -> None:
     samples = Fake(count=5, damaged=frozenset(range(5)))

@@ -53,6 +53,22 @@ def test_what_is_packed_reads_as_what_went_in(tmp_path: Path, folder: Path) -> N
     assert packed.key(4) == "shard-000002/000000004"
 
 
+def test_a_member_is_named_after_what_it_holds(tmp_path: Path) -> None:
+    """List files often name images by hash, without an extension, or with a wrong one."""
+    two = io.BytesIO()
+    pages = [Image.new("RGB", (5, 4), colour) for colour in ("red", "blue")]
+    pages[0].save(two, "MPO", save_all=True, append_images=pages[1:])
+    images = {"a": encoded(1, "JPEG"), "v1.2/b": encoded(2, "PNG"), "c.jpg": encoded(3, "WEBP"), "d": two.getvalue()}
+    (tmp_path / "v1.2").mkdir()
+    for name, data in images.items():
+        (tmp_path / name).write_bytes(data)
+    (tmp_path / "list.txt").write_text("".join(f"{name} 0\n" for name in images))
+    pack(open_source(str(tmp_path / "list.txt"), labeled=True), tmp_path / "out")
+    packed = open_source(str(tmp_path / "out"), labeled=True, cache=tmp_path / "cache")
+    assert bytes_of(packed) == list(images.values())
+    assert [packed.where(i).rpartition(".")[2] for i in range(4)] == ["jpg", "png", "webp", "jpg"]
+
+
 def test_the_sidecar_spares_the_headers(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pack(open_source(str(folder), labeled=True), tmp_path / "out")
     monkeypatch.setattr(index_module, "index_shard", None)

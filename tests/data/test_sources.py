@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import io
 import os
 import tarfile
@@ -294,11 +295,11 @@ def test_a_folder_with_a_colon_is_a_folder(tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("spec", "parts"),
     [
-        ({}, ["exactly one of folder, list, shards, builtin", "got nothing"]),
-        ({"foldr": "x"}, ["did you mean 'folder'?"]),
-        ({"folder": "x", "list": "y"}, ["got folder and list"]),
-        ({"list": "x", "rooot": "y"}, ["got rooot", "did you mean 'root'?"]),
-        ({"folder": "x", "classes": "y"}, ["only the keys folder", "got classes"]),
+        ({}, ["exactly one kind, got nothing; known: folder, list, shards, builtin"]),
+        ({"foldr": "x"}, ["got foldr: x; did you mean folder?"]),
+        ({"folder": "x", "list": "y"}, ["got folder and list; known: folder, list, shards, builtin"]),
+        ({"list": "x", "rooot": "y"}, ["keys of the kind list, got rooot; did you mean root?"]),
+        ({"folder": "x", "classes": "y"}, ["keys of the kind folder, got classes; known: folder"]),
         ({"folder": 3}, ["expected text for folder, got 3"]),
     ],
 )
@@ -308,8 +309,69 @@ def test_mappings_that_say_nothing_known(spec: dict[str, Any], parts: list[str])
 
 def test_a_missing_path_names_the_nearest(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
-    refused(DataError, str(tmp_path / "imagse"), "imagse", "did you mean 'images'?")
+    refused(DataError, str(tmp_path / "imagse"), "imagse", "did you mean images?")
     refused(DataError, str(tmp_path / "no/where"), f"nor is {tmp_path / 'no'} there")
+
+
+def test_a_missing_path_in_a_full_folder_does_not_list_all_of_it(tmp_path: Path) -> None:
+    write(tmp_path, {f"{i:04d}.jpg": "" for i in range(300)})
+    with pytest.raises(DataError, match=r"; known: 0000\.jpg, .*…$") as caught:
+        open_source(str(tmp_path / "nothing-like-it"), labeled=False)
+    assert len(str(caught.value)) < 400 + 2 * len(str(tmp_path))
+
+
+def test_the_home_of_a_user_who_is_not_known_is_a_missing_path() -> None:
+    refused(DataError, "~no-such-user/images", "expected a folder or a file, got nothing")
+
+
+DENIED = [
+    ("folder", "a/cat", True),
+    ("folder", "a/cat", False),
+    ("folder", "a", True),
+    ("list", "train.txt", True),
+    ("list", "a", True),
+    ("classes", "names.txt", True),
+    ("shards", "s", False),
+    ("shards", "s/0.tar", False),
+    ("shards", "s/classes.txt", True),
+    ("shards", "s/shards.index", False),
+]
+
+
+@pytest.mark.parametrize(("kind", "closed", "labeled"), DENIED)
+def test_what_may_not_be_read_is_named_with_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, closed: str, labeled: bool
+) -> None:
+    """The system's calls refuse one path, because a superuser may read whatever its mode forbids."""
+    write(tmp_path, {"a/cat/1.jpg": "", "train.txt": "a/cat/1.jpg 0", "names.txt": "cat", "s/classes.txt": "cat"})
+    write_tar(tmp_path / "s/0.tar", {"a.jpg": "", "a.cls": "0"})
+    (tmp_path / "s/shards.index").write_bytes(b"")
+    spec: dict[str, dict[str, str]] = {
+        "folder": {"folder": str(tmp_path / "a")},
+        "list": {"list": str(tmp_path / "train.txt")},
+        "classes": {"list": str(tmp_path / "train.txt"), "classes": str(tmp_path / "names.txt")},
+        "shards": {"shards": str(tmp_path / "s")},
+    }
+
+    def refuse(call, itself: bool):
+        def checked(path, *rest, **options):
+            place = Path(path) if isinstance(path, str | Path) else Path()
+            if tmp_path / closed in place.parents or (itself and place == tmp_path / closed):
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return call(path, *rest, **options)
+
+        return checked
+
+    # the folder above says that it is there, and no more
+    monkeypatch.setattr(os, "stat", refuse(os.stat, itself=False))
+    monkeypatch.setattr(os, "scandir", refuse(os.scandir, itself=True))
+    monkeypatch.setattr(io, "open", refuse(io.open, itself=True))
+    monkeypatch.setattr("builtins.open", refuse(open, itself=True))
+    refused(DataError, spec[kind], str(tmp_path / closed), "got: Permission denied; give this user", labeled=labeled)
+
+
+def test_a_name_that_is_too_long_is_refused_as_data() -> None:
+    refused(DataError, "x" * 300, "File name too long")
 
 
 def test_a_wrong_kind_is_told(tmp_path: Path) -> None:

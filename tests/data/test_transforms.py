@@ -248,10 +248,47 @@ def test_center_is_the_written_out_pipeline() -> None:
     assert (built.mean, built.std) == (written.mean, written.std)
 
 
-def test_random_says_whether_two_seeds_can_differ() -> None:
-    assert Pipeline.read(TRAIN, 8).random
-    assert Pipeline.read(["RandFlipImage"], 8).random
-    assert not Pipeline.read(TEST, 224).random
+ENLARGING = [
+    ([{"ResizeImage": {"resize_short": 32}}, "CropImage"], "ResizeImage to 32 px before CropImage of 224 px"),
+    ([{"ResizeImage": {"size": [300, 200]}}, "CropImage"], "ResizeImage to 200 px before CropImage of 224 px"),
+    ([{"ResizeImage": {"resize_short": 223}}, "CropImage"], "ResizeImage to 223 px before CropImage of 224 px"),
+    (["ResizeImage", {"CropImage": {"size": 99}}, {"ResizeImage": {"size": 224}}], "CropImage to 99 px before Resize"),
+    ([{"RandCropImage": {"size": 32}}, "RandFlipImage", {"ResizeImage": {"size": 224}}], "RandCropImage to 32 px"),
+]
+
+
+@pytest.mark.parametrize("resolution", [224, 320, 112])
+@pytest.mark.parametrize(("operators", "got"), ENLARGING)
+def test_operators_that_enlarge_what_they_shrank_are_refused(
+    operators: list[object], got: str, resolution: int
+) -> None:
+    """In the sizes that the recipe writes, at whatever resolution a stage renders."""
+    with pytest.raises(ValueError, match=f"got {got}.*would blur every image.*for resolution 224"):
+        Pipeline.read(operators, 224).at(resolution).check()
+
+
+@pytest.mark.parametrize("resolution", [512, 224, 31])
+@pytest.mark.parametrize(
+    "operators",
+    [
+        TRAIN,
+        TEST,
+        ["CropImage"],
+        [{"ResizeImage": {"resize_short": 224}}, "CropImage"],
+        [{"ResizeImage": {"size": [300, 240]}}, {"ResizeImage": {"resize_short": 240}}, "CropImage"],
+        [{"ResizeImage": {"size": 224}}],
+    ],
+)
+def test_a_small_source_may_be_enlarged_and_a_large_one_shrunk_step_by_step(
+    operators: list[object], resolution: int
+) -> None:
+    Pipeline.read(operators, 224).at(resolution).check()
+
+
+@pytest.mark.parametrize("operators", [[], ["ResizeImage"], [{"CropImage": {"size": 16}}], ["RandFlipImage"]])
+def test_a_pipeline_that_ends_at_another_size_fails_its_check(operators: list[object]) -> None:
+    with pytest.raises(ValueError, match=r"a view of 32 x 32 pixels, got .* from an image of 500 x 375"):
+        Pipeline.read(operators, 32).check()
 
 
 def test_a_view_of_other_operators_is_refused() -> None:
