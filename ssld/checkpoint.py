@@ -60,7 +60,7 @@ def save(
     document = {"format": FORMAT, "step": step, "state": state}
     contents = {f"{name}.safetensors": _encode(group, name) for name, group in tensors.items()}
     contents[_STATE] = (json.dumps(document, sort_keys=True, allow_nan=False, indent=1) + "\n").encode()
-    return _opened(files.commit_directory(_directory(root, step), contents), contents[_STATE])
+    return _opened(files.commit_directory(directory(root, step), contents), contents[_STATE])
 
 
 def load(path: Path) -> Checkpoint:
@@ -78,7 +78,7 @@ def latest(root: Path, report: Callable[[str], None]) -> Checkpoint | None:
     found = steps(root)
     for step in reversed(found):
         try:
-            return load(_directory(root, step))
+            return load(directory(root, step))
         except CheckpointError as error:
             report(f"passed over the checkpoint of step {step:,}: {error}")
     if found:
@@ -101,12 +101,12 @@ def retain(root: Path, keep: Collection[int]) -> None:
     """Remove the checkpoints of all other steps."""
     for step in steps(root):
         if step not in keep:
-            files.discard(_directory(root, step))
+            files.discard(directory(root, step))
 
 
 def point(root: Path, name: str, step: int) -> None:
     """Make root/name a relative link to the checkpoint of the step, in place of an older link."""
-    files.link_atomic(root / name, _directory(root, step).name)
+    files.link_atomic(root / name, directory(root, step).name)
 
 
 def read_weights(path: Path) -> dict[str, np.ndarray]:
@@ -119,7 +119,7 @@ def read_weights(path: Path) -> dict[str, np.ndarray]:
     if not path.is_dir():
         return _decode(_content(path), path)
     found = steps(path)
-    return load(_directory(path, found[-1]) if found else path).tensors(STUDENT)
+    return load(directory(path, found[-1]) if found else path).tensors(STUDENT)
 
 
 def fit_weights(weights: Mapping[str, np.ndarray], wanted: Mapping[str, tuple[int, ...]], what: str) -> None:
@@ -145,7 +145,7 @@ def fit_weights(weights: Mapping[str, np.ndarray], wanted: Mapping[str, tuple[in
         raise CheckpointError("\n".join([head, *lines, foot]))
 
 
-def _directory(root: Path, step: int) -> Path:
+def directory(root: Path, step: int) -> Path:
     return root / f"step-{step:08d}"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
+import signal
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,13 +25,16 @@ RECIPE_OPTIONS = (
 class Commands(click.Group):
     """Shows an SsldError as one message and ends with its exit code; a defect of ssld keeps its traceback."""
 
-    def main(self, *args: Any, **kwargs: Any) -> Any:
+    def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().main(*args, **kwargs)
+            return super().invoke(ctx)
         except SsldError as error:
             for line in (f"Error: {error}", *getattr(error, "__notes__", ())):
                 click.echo(line, err=True)
-            sys.exit(error.exit_code)
+            ctx.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo("Error: interrupted; nothing that was committed is lost", err=True)
+            ctx.exit(128 + signal.SIGINT)
 
 
 def with_recipe(command: Callable[..., None]) -> Callable[..., None]:
@@ -145,12 +148,11 @@ def list_(what: str) -> None:
     from ssld import plugins, recipe
 
     if what == "recipes":
-        show(("recipe", "what it is"), recipe.known_recipes().items())
+        rows = [(name, "ssld", ssld.__version__, note) for name, note in recipe.known_recipes().items()]
+        show(("recipe", "distribution", "version", "what it is"), rows)
     else:
-        show(
-            (what[:-1].replace("losse", "loss"), "distribution", "version"),
-            [(found.name, found.distribution, found.version) for found in plugins.find(what)],
-        )
+        header = (plugins.KINDS[what], "distribution", "version")
+        show(header, [(found.name, found.distribution, found.version) for found in plugins.find(what)])
 
 
 @main.command(short_help="Write a folder or a list of images as shards.")

@@ -36,6 +36,15 @@ class TeacherSpec:
     mean: tuple[float, float, float] | None = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] | None = (0.229, 0.224, 0.225)
 
+    def __post_init__(self) -> None:
+        """A list of class names becomes a tuple. Raises ValueError for what no image can be rendered to."""
+        if self.classes is not None:
+            object.__setattr__(self, "classes", tuple(self.classes))
+        if self.size < 1:
+            raise ValueError(f"expected a size of at least 1 pixel, got {self.size}")
+        if (self.mean is None) != (self.std is None):
+            raise ValueError(f"expected mean and std, or neither, got mean {self.mean} and std {self.std}")
+
 
 @runtime_checkable
 class Teacher(Protocol):
@@ -74,7 +83,8 @@ class State:
     """Everything that a stage needs to go on: what `save` is given, and what a resumed task holds.
 
     weights: the student, batch-norm statistics included; optimizer: by the name of the parameter it belongs to;
-    facts: small JSON values: `best` ({"step", "top1"}), `kept` (steps that stay for good), and the stage's own.
+    facts: small JSON values of the stage; `best` ({"step": …}) and `kept` (steps) name checkpoints that must stay,
+    `seconds` is the time spent so far.
     """
 
     step: int
@@ -97,8 +107,7 @@ class Task(Generic[S]):
 
     settings: resolved, an instance of the kind's own model; seed: already mixed with the stage's name.
     model: the network to train, with its classes and the pipeline of evaluation, at this stage's resolution.
-    data: what the stage trains on; train: the pipeline of its views; validation: what every evaluation uses; test:
-    touched once, so given to the last stage only.
+    data: what the stage trains on; train: the pipeline of its views; validation: what every evaluation uses.
     initial: the weights that `from` names, else None; teacher: checked, else None.
     damage_budget: so many images of `data` may be unreadable.
     resume: where a stopped run of this same stage was, else None.
@@ -113,7 +122,6 @@ class Task(Generic[S]):
     device: str
     data: Samples
     validation: Samples
-    test: Samples | None
     train: Pipeline
     initial: Arrays | None
     teacher: Teacher | None

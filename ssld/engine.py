@@ -1,23 +1,23 @@
-"""Walks a plan: skips what is whole, runs what is not, and when it stops says how to go on."""
+"""Runs a plan: skips what is whole, does what is not, and when it stops says how to go on."""
 
 from __future__ import annotations
 
 import json
 import shlex
-import signal
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ssld.errors import ChangedError, PluginError, RecipeError, SsldError
-from ssld.files import RunLock, sweep, writable
+from ssld.changes import Old, refusal, what_changed
+from ssld.environment import environment
+from ssld.errors import CheckpointError, Interrupted, RecipeError, StorageError
+from ssld.files import RunLock
 from ssld.graph import Node, Plan, make_plan
 from ssld.inputs import Inputs
-from ssld.journal import Journal, duration
+from ssld.journal import Journal
 from ssld.overview import Overview
 from ssld.recipe import Recipe, differences, dump, read_recipe
-from ssld.rundir import Options, RunDirectory, Status, environment
+from ssld.rundir import Options, RunDirectory, Status
+from ssld.signals import Stop
 
 
 def run(
@@ -38,7 +38,7 @@ def run(
     read = recipe if isinstance(recipe, Recipe) else read_recipe(recipe, overrides)
     directory = Path(out) if out is not None else Path("runs") / read.name
     plan = make_plan(read, limit=limit)
-    return Walk(directory, plan, Options(device, limit, trust_teacher)).walk(rerun=rerun)
+    return Runner(directory, plan, Options(device, limit, trust_teacher)).run(rerun=rerun)
 
 
 def resume(out: str | Path | None = None, *, stage: str | int | None = None) -> Overview:
@@ -50,7 +50,7 @@ def resume(out: str | Path | None = None, *, stage: str | int | None = None) -> 
     recipe, options = RunDirectory(directory).recorded()
     plan = make_plan(recipe, limit=options.limit)
     first = plan.find(str(stage)) if stage is not None else None
-    return Walk(directory, plan, options).walk(first=first)
+    return Runner(directory, plan, options).run(first=first)
 
 
 def plan(
@@ -76,7 +76,9 @@ def overview(directory: Path, plan: Plan) -> Overview:
     """The plan beside what the directory holds."""
     remarks: list[str] = []
     stages = tuple((node, RunDirectory(directory).status(node, remarks.append)) for node in plan.nodes)
-    return Overview(directory, stages, tuple(remarks))
+    test, last = plan.data.test, plan.nodes[-1]
+    tested = None if test is None else RunDirectory(directory).tested(last, test.identity)
+    return Overview(directory, stages, tuple(remarks), test=tested)
 
 
 def existing_run(out: str | Path | None) -> Path:
@@ -95,114 +97,103 @@ def newest_run(root: Path) -> Path:
     return max(found, key=lambda path: max(entry.stat().st_mtime for entry in path.iterdir()))
 
 
-class Walk:
-    """One attempt to finish a plan in a directory."""
+class Runner:
+    """Brings a run directory to the end of a plan."""
 
     def __init__(self, directory: Path, plan: Plan, options: Options) -> None:
-        self.run = RunDirectory(directory)
+        self.directory = RunDirectory(directory)
         self.plan = plan
         self.options = options
-        self.inputs = Inputs(self.run, plan, options)
-        self.signal: int | None = None
+        self.inputs = Inputs(self.directory, plan, options)
+        self.stop = Stop()
 
-    def walk(self, *, rerun: bool = False, first: Node | None = None) -> Overview:
+    def run(self, *, rerun: bool = False, first: Node | None = None) -> Overview:
         """Run every stage that is not done; `first` and what follows it starts again."""
-        writable(self.run.path)
-        with RunLock(self.run.path):
-            sweep(self.run.path)
-            journal = Journal(self.run.path)
+        self.directory.claim()
+        with RunLock(self.directory.path):
+            self.directory.clear()
+            journal = Journal(self.directory.path)
             try:
-                return self._walk(journal, rerun, first)
-            except SsldError as error:
-                # these would end the same way again
-                if self.run.exists() and not isinstance(error, ChangedError | RecipeError | PluginError):
-                    error.add_note(f"continue: ssld resume --out {shlex.quote(str(self.run.path))}")
+                return self._run(journal, rerun, first)
+            except (Interrupted, StorageError) as error:
+                error.add_note(f"continue: ssld resume --out {shlex.quote(str(self.directory.path))}")
                 raise
             finally:
                 journal.close()
 
-    def _walk(self, journal: Journal, rerun: bool, first: Node | None) -> Overview:
-        before = self._statuses(journal)
+    def _run(self, journal: Journal, rerun: bool, first: Node | None) -> Overview:
         again = self.plan.nodes[self.plan.nodes.index(first) :] if first is not None else ()
+        before = self._statuses(journal, again)
+        for node, status in before:
+            if status.kind in ("done", "resume") and status.checkpoint is not None:
+                self.directory.tidy(node, status.checkpoint.step, status.checkpoint.state["facts"])
         changed = [node for node, status in before if status.kind == "changed" and node not in again]
-        why = self._what_changed(before) if changed else []
+        why = what_changed(self.directory, self.plan, self.options, before) if changed else []
         if changed and not rerun:
-            raise self._changed(changed, why)
+            raise refusal(self.directory.path, changed, why)
         todo = [node for node, status in before if status.kind != "done" or node in again]
-        if todo:
+        untested = self._untested()
+        if todo or untested:
             reason = f"starting again from stage {first.number} {first.name}" if first else "; ".join(why)
-            self._work(todo, [*changed, *again], reason, before, journal)
-        return Overview(self.run.path, tuple(self._statuses(journal)), fresh=bool(todo))
+            self._work(todo, Old((*changed, *again), before, reason), journal)
+        after = self._statuses(journal)
+        return Overview(self.directory.path, tuple(after), fresh=bool(todo or untested), test=self._test_metrics())
 
-    def _statuses(self, journal: Journal) -> list[tuple[Node, Status]]:
-        return [(node, self.run.status(node, journal.note)) for node in self.plan.nodes]
+    def _statuses(self, journal: Journal, again: Sequence[Node] = ()) -> list[tuple[Node, Status]]:
+        found = []
+        for node in self.plan.nodes:
+            try:
+                found.append((node, self.directory.status(node, journal.note)))
+            except CheckpointError as error:
+                if node not in again:
+                    raise
+                journal.note(f"{error}; the stage starts again")
+                found.append((node, Status("new", "damaged")))
+        return found
 
-    def _work(
-        self, todo: list[Node], old: list[Node], reason: str, before: list[tuple[Node, Status]], journal: Journal
-    ) -> None:
-        """Look at everything, then set the old results aside, then run what is to do."""
+    def _work(self, todo: list[Node], old: Old, journal: Journal) -> None:
+        """Try everything once, set old results aside, run what is to do, and look at the test set."""
         # paddle takes SIGTERM for itself when it is imported, so it comes before our own handlers
         from ssld.preflight import preflight
+        from ssld.score import score_checkpoint
 
-        with self._signals():
+        with self.stop.listening():
+            if not old.nodes:
+                self._begin(journal)
             preflight(todo, self.inputs, journal)
-            self._set_aside(old, before, reason, journal)
-            self._begin(journal)
+            self.stop.check("before anything was spent")
+            if old.nodes:
+                # recorded first: a process that is killed while results move must not go on with the old recipe
+                self._begin(journal)
+                old.set_aside(self.directory, journal)
             for node in todo:
                 self._run_stage(node, journal)
+                self.stop.check(f"after {node.name}, which is finished")
+            if self._untested() and self.plan.data.test is not None:
+                last = self.plan.nodes[-1]
+                metrics = score_checkpoint(
+                    self.inputs.finished(last.name, journal), self.plan.data.test, self.options.device
+                )
+                self.directory.keep_tested(last, self.plan.data.test.identity, metrics)
+
+    def _test_metrics(self) -> Mapping[str, float] | None:
+        test = self.plan.data.test
+        return None if test is None else self.directory.tested(self.plan.nodes[-1], test.identity)
+
+    def _untested(self) -> bool:
+        return self.plan.data.test is not None and self._test_metrics() is None
 
     def _begin(self, journal: Journal) -> None:
         text = dump(self.plan.recipe)
-        self.run.begin(text, self.options)
+        self.directory.begin(text, self.options)
         journal.detail(f"recipe\n{text}")
         for node in self.plan.nodes:
             journal.detail(f"{node.name}, resolved: {json.dumps(node.basis['settings'], sort_keys=True)}")
         journal.detail(f"environment: {json.dumps(environment(), sort_keys=True)}")
         journal.record("start", recipe=text, environment=environment())
 
-    def _set_aside(self, old: list[Node], before: list[tuple[Node, Status]], reason: str, journal: Journal) -> None:
-        spent = sum(status.seconds for node, status in before if node in old)
-        target, count = self.run.set_aside(old)
-        if count:
-            journal.note(f"{reason}: {count} results, {duration(spent)} of work, are set aside in {target}")
-
-    def _changed(self, changed: list[Node], why: list[str]) -> ChangedError:
-        return ChangedError(
-            f"{self.run.path} holds results of another recipe or other data:\n  "
-            + "\n  ".join(why)
-            + f"\nssld run with --rerun does {', '.join(node.name for node in changed)} again (the old results move to "
-            f"{self.run.path}/attempt.N); with another --out it leaves them"
-        )
-
-    def _what_changed(self, statuses: list[tuple[Node, Status]]) -> list[str]:
-        """The recipe's own differences where there are any, else those of the data and files behind it."""
-        recorded, options = self.run.recorded()
-        lines = differences(recorded.tree.value, self.plan.recipe.tree.value)
-        if options.limit != self.options.limit:
-            lines.append(f"--limit: {options.limit} → {self.options.limit}")
-        return lines or [f"{node.name}: {status.why}" for node, status in statuses if status.kind == "changed"]
-
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """SIGTERM and Ctrl-C set a flag that the training loop reads after each step; the third one acts at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def remember(number: int, frame: object) -> None:
-            if self.signal is not None:
-                signal.signal(number, old[number])
-            self.signal = number
-
-        old = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in old.items():
-                signal.signal(number, handler)
-
     def _run_stage(self, node: Node, journal: Journal) -> None:
-        status = self.run.status(node, journal.note)
+        status = self.directory.status(node, journal.note)
         reached = status.checkpoint if status.kind == "resume" else None
         journal.place = f"{node.number} {node.name}"
         settings, position = node.settings, self.plan.nodes.index(node) + 1
@@ -213,7 +204,7 @@ class Walk:
         )
         for line in differences(reached.state["environment"], environment()) if reached else ():
             journal.note(f"warning: the same weights as in an unbroken run are not promised, since {line}")
-        task = self.inputs.task(node, reached, stop=lambda: self.signal, journal=journal)
+        task = self.inputs.task(node, reached, stop=lambda: self.stop.number, journal=journal)
         outcome = node.kind.run(task)
-        self.run.save(node, task.model, outcome.state, finished=True)
+        self.directory.save(node, task, outcome.state, outcome.metrics)
         journal.record("finished", stage=node.name, **outcome.metrics)

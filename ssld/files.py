@@ -141,11 +141,26 @@ def discard(directory: Path) -> None:
                 disk.remove(doomed)
 
 
-def sweep(root: Path) -> list[Path]:
-    """Clear up below the root after a killed process, and return what was removed; only the holder of the lock may."""
+def move(source: Path, target: Path) -> None:
+    """Rename a directory, durably; the target's parent is made where it is missing."""
+    with _reported(target, 0):
+        _make(target.parent)
+        disk.rename(source, target)
+        _sync_directory(target.parent)
+        _sync_directory(source.parent)
+
+
+def sweep(root: Path, depth: int) -> list[Path]:
+    """Clear up after a killed process, and return what was removed; only the holder of the lock may.
+
+    depth: so many levels of folders, 1 for the root's own entries alone.
+    """
     removed = []
     with _reported(root, 0):
         for parent, folders, names in os.walk(root):
+            if len(Path(parent).relative_to(root).parts) >= depth:
+                folders.clear()
+                continue
             for path in [Path(parent, name) for name in sorted(folders + names)]:
                 if path.name.startswith(_LITTER):
                     disk.remove(path)

@@ -7,54 +7,23 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-from PIL import Image
 
 from ssld import plugins
 from ssld.checkpoint import FORMAT
 from ssld.contracts import StageKind
-from ssld.data.samples import Samples, concatenate, same_classes
-from ssld.data.sources import open_source
-from ssld.data.transforms import Pipeline, view
-from ssld.errors import DataError, RecipeError
-from ssld.recipe import Data, Recipe, Split
+from ssld.data.transforms import Pipeline
+from ssld.datasets import Datasets, open_datasets
+from ssld.errors import RecipeError
+from ssld.recipe import Recipe
 from ssld.settings import Context, TrainingSettings
+from ssld.wording import near
 
 # these change what is kept on disk or when, never a weight
 STORAGE_KEYS = frozenset({"keep_last", "save_steps", "save_interval"})
-# width and height of an ordinary photograph, on which operators are tried before anything is spent
-PROBE = (500, 375)
-# SSLD's own pools lose a few images of millions; more than one in a thousand is a broken source
-POOL_DAMAGE = 1000
-
-
-@dataclass(frozen=True)
-class Datasets:
-    """The recipe's sources, indexed: by their names in the recipe."""
-
-    sources: Mapping[str, Samples]
-    classes: tuple[str, ...]
-
-    @property
-    def validation(self) -> Samples:
-        return self.sources["validation"]
-
-    @property
-    def test(self) -> Samples | None:
-        return self.sources.get("test")
-
-    def named(self, names: tuple[str, ...]) -> Samples:
-        """What a stage reads: one source, or several as one set."""
-        parts = [self.sources[name] for name in names]
-        return parts[0] if len(parts) == 1 else concatenate(parts)
-
-    def damage_budget(self, names: tuple[str, ...]) -> int:
-        """So many images of these sources may be unreadable: none that is labeled, one in a thousand of the pool."""
-        return -(-len(self.sources["unlabeled"]) // POOL_DAMAGE) if "unlabeled" in names else 0
+# what a plug-in that comes with ssld is made of is told by its kind's revision; a release changes no weight by itself
+OWN = "ssld"
 
 
 @dataclass(frozen=True)
@@ -110,11 +79,9 @@ def ordered(recipe: Recipe) -> list[str]:
     for name, settings in recipe.stages.items():
         for wanted in settings.inputs:
             if wanted not in recipe.stages:
-                near = get_close_matches(wanted, recipe.stages, 1)
-                hint = f", did you mean {near[0]}?" if near else ""
                 raise RecipeError(
                     f"{recipe.place(('stages', name))}: expected a stage of this recipe or a .safetensors file, got "
-                    f"{wanted!r}{hint}; its stages are {', '.join(recipe.stages)}"
+                    f"{wanted!r}; {near(wanted, recipe.stages)}"
                 )
     done: list[str] = []
     sorter = graphlib.TopologicalSorter({name: settings.inputs for name, settings in recipe.stages.items()})
@@ -123,7 +90,9 @@ def ordered(recipe: Recipe) -> list[str]:
     except graphlib.CycleError as error:
         cycle = " → ".join(reversed(error.args[1]))
         place = recipe.place(("stages", error.args[1][0]))
-        raise RecipeError(f"{place}: the stages wait for each other: {cycle}; break the circle") from error
+        raise RecipeError(
+            f"{place}: the stages wait for each other: {cycle}; take one of them out of the circle"
+        ) from error
     place_of = list(recipe.stages).index
     ready: list[str] = []
     while sorter.is_active():
@@ -140,49 +109,6 @@ def numbers(recipe: Recipe, order: list[str]) -> list[int]:
     return [max(0, index - first + 1) for index in range(len(order))]
 
 
-def open_datasets(recipe: Recipe, limit: int | None, cache: Path | None) -> Datasets:
-    """Index every source that the recipe names and agree on the classes. limit: so many images of each at most."""
-    specs = {name: getattr(recipe.data, name) for name in Data.model_fields}
-    sources = {
-        name: open_source(spec, labeled=name != "unlabeled", cache=cache)
-        for name, spec in specs.items()
-        if spec is not None and not isinstance(spec, Split)
-    }
-    if isinstance(recipe.data.validation, Split) and "labeled" in sources:
-        rest, held_out = sources["labeled"].split(recipe.data.validation.split, recipe.seed)
-        sources |= {"labeled": rest, "validation": held_out}
-    if "validation" not in sources:
-        raise RecipeError(
-            f"{recipe.place(('data',))}: expected a labeled validation set, got none; add data.validation: SOURCE, or "
-            f"{{split: 0.1}} to hold back a tenth of the labeled set"
-        )
-    classes = class_names(sources)
-    if limit is not None:
-        sources = {name: samples.limited(limit) for name, samples in sources.items()}
-    return Datasets(sources, classes)
-
-
-def class_names(sources: Mapping[str, Samples]) -> tuple[str, ...]:
-    """The class names on which all labeled sources agree; numbers as text where no source names them."""
-    labels = {name: samples.labels for name, samples in sources.items() if samples.labels is not None}
-    named = {name: classes for name in labels if (classes := sources[name].classes) is not None}
-    if named:
-        first, classes = next(iter(named.items()))
-        for name, other in named.items():
-            same_classes(classes, other, f"data.{first}", f"data.{name}")
-    else:
-        highest = max(int(column.max()) for column in labels.values())
-        classes = tuple(str(label) for label in range(highest + 1))
-    for name, column in labels.items():
-        beyond = np.flatnonzero(column >= len(classes))
-        if len(beyond):
-            raise DataError(
-                f"data.{name}: expected labels from 0 to {len(classes) - 1}, got {column[beyond[0]]} for "
-                f"{sources[name].where(int(beyond[0]))}; correct the label, or name the classes of all sources"
-            )
-    return classes
-
-
 def resolve(recipe: Recipe, name: str, number: int, data: Datasets, earlier: Mapping[str, Node]) -> Node:
     """Fill in what the recipe leaves open, and fix the fingerprint."""
     settings = recipe.stages[name]
@@ -195,13 +121,19 @@ def resolve(recipe: Recipe, name: str, number: int, data: Datasets, earlier: Map
         parent=parent.settings if parent else None,
     )
     settings = with_network(recipe, name, settings.resolved(context), parent)
+    if settings.warmup_epochs > settings.epochs:
+        place = recipe.place(("stages", name, "warmup_epochs"))
+        raise RecipeError(
+            f"{place}: expected a warm-up within the {settings.epochs} epochs of the stage, got "
+            f"{settings.warmup_epochs:g}; lower it, or raise epochs"
+        )
     pipelines = {part: pipeline(recipe, part, settings.resolution) for part in ("train", "eval")}
     basis = {
         "format": FORMAT,
         "name": name,
-        "kind": f"{settings.kind} revision {kind.revision} of {plugins.origin('stages', settings.kind)}",
+        "kind": f"{settings.kind} revision {kind.revision} of {owner('stages', settings.kind)}",
         "seed": recipe.seed,
-        "settings": settings.model_dump(mode="json", by_alias=True, exclude=set(STORAGE_KEYS)),
+        "settings": without_paths(settings),
         "images": {part: made.to_json() for part, made in pipelines.items()},
         "classes": list(data.classes),
         "data": {source: data.sources[source].identity for source in settings.data},
@@ -232,6 +164,12 @@ def with_network(recipe: Recipe, name: str, settings: TrainingSettings, parent: 
     return settings.model_copy(update={"student": parent.settings.student})
 
 
+def owner(kind: str, name: str) -> str:
+    """Distribution and version of a plug-in; of what comes with ssld, the distribution alone."""
+    origin = plugins.origin(kind, name)
+    return OWN if origin.partition(" ")[0] == OWN else origin
+
+
 def origins(recipe: Recipe, name: str, settings: TrainingSettings) -> dict[str, str]:
     """Distribution and version of every plug-in that the stage names. Raises RecipeError for one that is not there."""
     teacher, loss = settings.taught_by, getattr(settings, "loss", None)
@@ -242,7 +180,7 @@ def origins(recipe: Recipe, name: str, settings: TrainingSettings) -> dict[str, 
     found = {}
     for key, (kind, plugin) in wanted.items():
         try:
-            found[key] = plugins.origin(kind, plugin)
+            found[key] = owner(kind, plugin)
         except RecipeError as error:
             raise RecipeError(f"{recipe.place(('stages', name, key))}: {error}") from error
     return found
@@ -253,10 +191,18 @@ def pipeline(recipe: Recipe, part: str, resolution: int) -> Pipeline:
     operators = recipe.images.train if part == "train" else recipe.images.eval
     made = Pipeline(operators, recipe.images.resolution, recipe.images.resolution).at(resolution)
     try:
-        view(Image.new("RGB", PROBE), made, 0)
-    except DataError as error:
+        made.check()
+    except ValueError as error:
         raise RecipeError(f"{recipe.place(('images', part))}: {error}") from error
     return made
+
+
+def without_paths(settings: TrainingSettings) -> dict[str, Any]:
+    """The settings as JSON, less what changes no weight; outside weights count by content, wherever they lie."""
+    plain = settings.model_dump(mode="json", by_alias=True, exclude=set(STORAGE_KEYS))
+    for key in weight_files(settings):
+        plain[key] = {**plain[key], "weights": None} if key == "teacher" else None
+    return plain
 
 
 def weight_files(settings: TrainingSettings) -> dict[str, Path]:
@@ -265,7 +211,7 @@ def weight_files(settings: TrainingSettings) -> dict[str, Path]:
     files = {"from": settings.start} if settings.start and settings.start.endswith(".safetensors") else {}
     if teacher is not None and teacher.network is not None:
         files["teacher"] = teacher.options["weights"]
-    return {key: Path(path) for key, path in files.items()}
+    return {key: Path(path).expanduser() for key, path in files.items()}
 
 
 def file_identity(path: Path, place: str) -> str:

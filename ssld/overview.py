@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +10,8 @@ from ssld.graph import Node
 from ssld.journal import duration
 from ssld.rundir import Status
 
+STATES = {"done": "finished", "resume": "stopped", "changed": "changed", "new": "to do"}
+ACTIONS = {"done": "skip", "resume": "go on", "changed": "run again", "new": "run"}
 Table = tuple[tuple[str, ...], list[tuple[str, ...]]]
 
 
@@ -19,28 +22,35 @@ def shown(path: Path) -> str:
 
 @dataclass(frozen=True)
 class Overview:
-    """A run directory beside its plan. remarks: damage that was met; fresh: whether this call has run anything."""
+    """A run directory beside its plan.
+
+    remarks: damage that was met; fresh: whether this call has run anything; test: the last stage's metrics on the test
+    set, where there is one.
+    """
 
     directory: Path
     stages: tuple[tuple[Node, Status], ...]
     remarks: tuple[str, ...] = ()
     fresh: bool = False
+    test: Mapping[str, float] | None = None
 
     def table(self) -> Table:
         """Header and rows: what each stage has reached, its time, and where its checkpoint is."""
-        tested = any("test_top1" in status.metrics for _, status in self.stages)
-        header = ("stage", "state", "top-1", "top-5", *(("test top-1",) if tested else ()), "time", "checkpoint")
-        metrics = ("top1", "top5", *(("test_top1",) if tested else ()))
-        return header, [
+        header = ("stage", "state", "top-1", "top-5", "time", "checkpoint")
+        rows = [
             (
                 f"{node.number} {node.name}",
-                status.short,
-                *(f"{status.metrics[name]:.4f}" if name in status.metrics else "" for name in metrics),
+                STATES[status.kind],
+                *(f"{status.metrics[name]:.4f}" if name in status.metrics else "" for name in ("top1", "top5")),
                 duration(status.seconds) if status.checkpoint else "",
                 shown(status.checkpoint.path) if status.checkpoint else "",
             )
             for node, status in self.stages
         ]
+        if self.test is not None:
+            last = self.stages[-1][0].name
+            rows.append((f"{last} on test", "", f"{self.test['top1']:.4f}", f"{self.test['top5']:.4f}", "", ""))
+        return header, rows
 
     def forecast(self) -> Table:
         """Header and rows: what each stage would do, with every derived number, and why it would run."""
@@ -69,7 +79,7 @@ class Overview:
                 str(node.settings.batch_size),
                 f"{node.settings.learning_rate:.3g}",
                 f"{node.settings.warmup_epochs:g}",
-                f"{status.action}: {status.why}",
+                f"{ACTIONS[status.kind]}: {status.why}",
             )
             for node, status in self.stages
         ]

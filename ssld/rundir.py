@@ -4,6 +4,7 @@ RUN/recipe.yaml      the merged recipe
 RUN/run.json         the options of the command
 RUN/run.lock         held by the process that works here
 RUN/train.log  RUN/metrics.jsonl
+RUN/test.json        how the last stage did on the test set, where there is one
 RUN/distill/step-00001234/    checkpoints of the stage `distill`, with links `latest` and `best`
 RUN/attempt.1/distill/        results that a later attempt set aside; no stage has a dot in its name
 """
@@ -11,20 +12,21 @@ RUN/attempt.1/distill/        results that a later attempt set aside; no stage h
 from __future__ import annotations
 
 import json
-import os
-import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from ssld import checkpoint, recipe
-from ssld.contracts import Model, State
+from ssld.contracts import Model, State, Task
 from ssld.data.transforms import Pipeline
-from ssld.errors import CheckpointError
-from ssld.files import write_atomic
+from ssld.environment import environment
+from ssld.errors import CheckpointError, OutputError
+from ssld.files import move, sweep, writable, write_atomic
 from ssld.graph import Node
+
+OWN = ("recipe.yaml", "run.json", "run.lock", "train.log", "metrics.jsonl")
+"""The files of a run that are there before its first stage."""
 
 
 @dataclass(frozen=True)
@@ -45,22 +47,12 @@ class Status:
     checkpoint: checkpoint.Checkpoint | None = None
 
     @property
-    def short(self) -> str:
-        """The state in one word."""
-        return {"done": "finished", "resume": "stopped", "changed": "changed", "new": "to do"}[self.kind]
-
-    @property
-    def action(self) -> str:
-        """What `ssld run` does about it."""
-        return {"done": "skip", "resume": "go on", "changed": "run again", "new": "run"}[self.kind]
-
-    @property
     def metrics(self) -> Mapping[str, float]:
-        return self.checkpoint.state["facts"]["metrics"] if self.checkpoint else {}
+        return self.checkpoint.state["metrics"] if self.checkpoint else {}
 
     @property
     def seconds(self) -> float:
-        return self.checkpoint.state["facts"]["seconds"] if self.checkpoint else 0.0
+        return self.checkpoint.state["facts"].get("seconds", 0.0) if self.checkpoint else 0.0
 
 
 class RunDirectory:
@@ -71,6 +63,27 @@ class RunDirectory:
 
     def exists(self) -> bool:
         return (self.path / "recipe.yaml").is_file()
+
+    def claim(self) -> None:
+        """Make sure that the directory can be written and is a run's, or empty. Raises OutputError.
+
+        What is no run is not touched: somebody may have named a directory of their own by mistake.
+        """
+        strangers = [] if self.exists() or not self.path.is_dir() else sorted(self._strangers())
+        if strangers:
+            raise OutputError(
+                f"{self.path}: expected a run or an empty directory, got one that holds {', '.join(strangers[:3])}"
+                f"{', …' if len(strangers) > 3 else ''}; choose another --out"
+            )
+        writable(self.path)
+
+    def _strangers(self) -> Iterator[str]:
+        """What a run that was killed before it began would not have left."""
+        return (path.name for path in self.path.iterdir() if not path.name.startswith((*OWN, ".tmp-")))
+
+    def clear(self) -> None:
+        """Remove what a killed process left half done; only for the holder of the lock."""
+        sweep(self.path, depth=2)
 
     def begin(self, text: str, options: Options) -> None:
         """Record the recipe and the options."""
@@ -101,42 +114,63 @@ class RunDirectory:
             return Status("done", "finished", found)
         return Status("resume", f"stopped after step {found.step} of {node.steps}", found)
 
-    def save(self, node: Node, model: Model, state: State, *, finished: bool) -> None:
-        """Commit a checkpoint, move the links, remove what the retention rule does not keep."""
-        root = self.stage(node)
-        facts = dict(state.facts)
+    def save(self, node: Node, task: Task[Any], state: State, metrics: Mapping[str, float] | None = None) -> None:
+        """Commit a checkpoint, and tidy the stage's directory. metrics: those of a finished stage."""
         checkpoint.save(
-            root,
+            self.stage(node),
             state.step,
             {"student": state.weights, "optimizer": state.optimizer},
             {
                 "stage": node.name,
                 "fingerprint": node.fingerprint,
                 "basis": node.basis,
-                "finished": finished,
-                "facts": facts,
-                "model": model_to_json(model),
+                "teacher": task.teacher.spec.fingerprint if task.teacher else None,
+                "finished": metrics is not None,
+                "metrics": metrics or {},
+                "facts": dict(state.facts),
+                "model": model_to_json(task.model),
                 "environment": environment(),
             },
         )
-        checkpoint.point(root, "latest", state.step)
-        best = facts.get("best", {}).get("step", 0)
-        existing = checkpoint.steps(root)
-        if best in existing:
-            checkpoint.point(root, "best", best)
+        self.tidy(node, state.step, state.facts)
+
+    def tidy(self, node: Node, step: int, facts: Mapping[str, Any]) -> None:
+        """Point `latest` and `best` to where they belong after step `step`, and remove what need not stay.
+
+        A process may be killed between a save and this, so it is done at the start of every run as well.
+        """
+        root = self.stage(node)
         # damaged ones may lie above the step just saved: they count for nothing
-        last = [step for step in existing if step <= state.step][-node.settings.keep_last :]
-        checkpoint.retain(root, {*last, best, *facts.get("kept", ())})
+        existing = [saved for saved in checkpoint.steps(root) if saved <= step]
+        best = facts.get("best", {}).get("step", 0)
+        for name, target in (("latest", step), ("best", best)):
+            if target in existing:
+                checkpoint.point(root, name, target)
+        checkpoint.retain(root, {*existing[-node.settings.keep_last :], best, *facts.get("kept", ())})
+
+    def tested(self, node: Node, test: str) -> dict[str, float] | None:
+        """The metrics of the finished node on the test set of that identity, where they were measured."""
+        try:
+            found = json.loads((self.path / "test.json").read_text())
+        except FileNotFoundError:
+            return None
+        return found["metrics"] if (found["stage"], found["test"]) == (node.fingerprint, test) else None
+
+    def keep_tested(self, node: Node, test: str, metrics: Mapping[str, float]) -> None:
+        """Record the metrics of the finished node on the test set of that identity."""
+        found = {"stage": node.fingerprint, "test": test, "metrics": dict(metrics)}
+        write_atomic(self.path / "test.json", (json.dumps(found, indent=1) + "\n").encode())
 
     def set_aside(self, nodes: list[Node]) -> tuple[Path, int]:
-        """Move the results of these stages to a new attempt folder; returns it and how many there were."""
+        """Move the results of these stages to a new attempt folder; returns it and how many there were.
+
+        The last stage goes first, so that a killed process never leaves a result behind that later ones were made from.
+        """
         there = [node for node in nodes if self.stage(node).is_dir()]
         taken = [int(number) for path in self.path.glob("attempt.*") if (number := path.suffix[1:]).isdigit()]
         target = self.path / f"attempt.{1 + max(taken, default=0)}"
-        if there:
-            target.mkdir(parents=True)
-        for node in there:
-            self.stage(node).rename(target / node.name)
+        for node in reversed(there):
+            move(self.stage(node), target / node.name)
         return target, len(there)
 
 
@@ -161,26 +195,3 @@ def model_to_json(model: Model) -> dict[str, Any]:
 
 def model_from_json(value: Mapping[str, Any]) -> Model:
     return Model(value["network"], value["options"], tuple(value["classes"]), Pipeline.from_json(value["pipeline"]))
-
-
-def environment() -> dict[str, str]:
-    """What the bits of a result depend on besides the recipe."""
-    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "MKL_CBWR")
-    packages = ("ssld", "paddlepaddle", "numpy", "pillow")
-    return {
-        "machine": f"{platform.system()} {platform.machine()}",
-        "cpu": cpu_name(),
-        "python": platform.python_version(),
-        **{package: version(package) for package in packages},
-        **{name: os.environ.get(name, "") for name in names},
-    }
-
-
-def cpu_name() -> str:
-    """The processor's model where the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()

@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from ssld import checkpoint
-from ssld.data.samples import same_classes
+from ssld.checkpoint import Checkpoint
+from ssld.data.samples import Samples, same_classes
 from ssld.data.sources import open_source
 from ssld.errors import CheckpointError
 from ssld.rundir import result_of
 from ssld.train.evaluation import evaluate
-from ssld.train.networks import restored
+from ssld.train.networks import restored, use_device
 
 
 def score(path: Path, data: str, device: str = "cpu") -> tuple[int, dict[str, float]]:
@@ -21,9 +22,15 @@ def score(path: Path, data: str, device: str = "cpu") -> tuple[int, dict[str, fl
     if not path.is_dir():
         raise CheckpointError(f"{path}: expected a checkpoint or a stage directory of a run, got none; check the path")
     steps = checkpoint.steps(path)
-    model, weights = result_of(checkpoint.load(path / "latest" if steps else path))
+    found = checkpoint.load(checkpoint.directory(path, steps[-1]) if steps else path)
     samples = open_source(data, labeled=True)
     if samples.classes is not None:
-        same_classes(model.classes, samples.classes, str(path), data)
-    network = restored(model, weights, str(path))
-    return len(samples), evaluate(network, samples, model.pipeline, device)
+        same_classes(tuple(found.state["model"]["classes"]), samples.classes, str(path), data)
+    return len(samples), score_checkpoint(found, samples, device)
+
+
+def score_checkpoint(found: Checkpoint, samples: Samples, device: str) -> dict[str, float]:
+    """Top-1 and top-5, in [0, 1], of a checkpoint's student on samples of its classes."""
+    use_device(device)
+    model, weights = result_of(found)
+    return evaluate(restored(model, weights, str(found.path)), samples, model.pipeline, device)

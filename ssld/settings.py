@@ -86,8 +86,10 @@ class TeacherSetting(Frozen):
             raise ValueError(
                 f"expected exactly one of stage, network or plugin, got {', '.join(ways) or 'none of them'}"
             )
-        if self.network is not None and "weights" not in self.options:
-            raise ValueError("expected a weights file beside network, got none; add weights: FILE.safetensors")
+        weights = self.options.get("weights")
+        if self.network is not None and not isinstance(weights, str):
+            got = "none" if weights is None else repr(weights)
+            raise ValueError(f"expected a weights file beside network, got {got}; add weights: FILE.safetensors")
         if self.stage is not None and self.options:
             raise ValueError(f"expected no other key beside stage, got {', '.join(self.options)}")
         return self

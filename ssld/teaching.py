@@ -19,21 +19,31 @@ CHECKED = 1000
 
 @dataclass(frozen=True)
 class Quality:
-    """Accuracy of a teacher on part of the validation set, with its 95 % interval (Wilson 1927)."""
+    """Accuracy of a teacher on part of the validation set, with its 95 % interval (Wilson 1927).
+
+    chance: what the best constant answer reaches on the same images.
+    """
 
     accuracy: float
     low: float
     high: float
+    chance: float
     images: int
 
     def __str__(self) -> str:
-        return f"top-1 {self.accuracy:.3f} ({self.low:.3f} to {self.high:.3f}) on {self.images} validation images"
+        return (
+            f"top-1 {self.accuracy:.3f} ({self.low:.3f} to {self.high:.3f}) on {self.images} validation images, "
+            f"chance {self.chance:.3f}"
+        )
 
 
 def prepare(images: np.ndarray, spec: TeacherSpec) -> np.ndarray:
     """Rendered pixels, uint8 [B, H, W, 3], as the teacher's spec wants them."""
     if spec.mean is None or spec.std is None:
-        return images
+        # the student's pixels too: a teacher that writes into its input must not change them
+        pixels = images.view()
+        pixels.flags.writeable = False
+        return pixels
     return normalize(images, spec.mean, spec.std)
 
 
@@ -74,6 +84,7 @@ def check(teacher: Teacher, validation: Samples, evaluate: Pipeline, classes: tu
     if spec.classes is not None:
         same_classes(classes, spec.classes, "the data", who)
     samples = validation.limited(CHECKED)
+    assert samples.labels is not None, "validation sets are opened with labels"
     pipeline = (
         center(spec.size, spec.resize_short, spec.mean, spec.std) if spec.resize_short else evaluate.at(spec.size)
     )
@@ -81,4 +92,14 @@ def check(teacher: Teacher, validation: Samples, evaluate: Pipeline, classes: tu
     for batch in evaluation_batches(samples, pipeline, batch_size=64, damage=Damage(0)):
         correct += int((ask(teacher, batch.images[0], len(classes), who).argmax(axis=1) == batch.labels).sum())
     low, high = wilson(correct, len(samples))
-    return Quality(correct / len(samples), low, high, len(samples))
+    chance = float(np.bincount(samples.labels).max() / len(samples))
+    return Quality(correct / len(samples), low, high, chance, len(samples))
+
+
+def expect_better_than_chance(quality: Quality, who: str) -> None:
+    """Raise TeacherError when the teacher cannot be told from one that always gives the same answer."""
+    if quality.low <= quality.chance:
+        raise TeacherError(
+            f"{who}: expected better than chance, got {quality}; check its weights, its class order and its mean and "
+            f"std, or give --trust-teacher"
+        )

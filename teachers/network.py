@@ -35,5 +35,5 @@ def network(
     arrays = read_weights(weights)
     layer = build(network, options or {}, len(classes))
     load(layer, arrays, f"{weights} for the teacher {network}")
-    spec = TeacherSpec(resolution, fingerprint(arrays), resize_short=resize_short, mean=mean, std=std)
+    spec = TeacherSpec(resolution, fingerprint(arrays), classes, resize_short, mean, std)
     return NetworkTeacher(spec, Frozen(layer, resolution, device=device))

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import paddle
-from paddle import Tensor
+from paddle import Tensor as Tensor
 
 from ssld.contracts import Task
 from ssld.data.loader import Batch, Damage, training_batches

@@ -69,7 +69,7 @@ def fit(
     if task.resume is not None:
         optimizer.restore(task.resume.optimizer)
     rate = rates(settings, len(task.data), total)
-    damage = Damage(task.damage_budget)
+    damage = Damage(task.damage_budget, task.journal.note)
     clock = Clock(progress.seconds)
     with (
         task.journal.stage(task.name, total, len(task.data), settings.batch_size, progress.step) as log,
@@ -95,9 +95,6 @@ def fit(
                     f"the state is saved",
                     128 + stop,
                 )
-    if task.test is not None:
-        tested = evaluate(network, task.test, task.model.pipeline, task.device)
-        progress.metrics |= {f"test_{name}": value for name, value in tested.items()}
     progress.seconds = clock.seconds()
     return Outcome(snapshot(network, optimizer, progress), progress.metrics)
 
@@ -147,8 +144,15 @@ def rates(settings: TrainingSettings, samples: int, total: int) -> Callable[[int
 
 
 def snapshot(network: nn.Layer, optimizer: Momentum, progress: Progress) -> State:
-    """All that is needed to go on from here."""
-    return State(progress.step, networks.arrays(network), optimizer.state(), progress.facts())
+    """All that is needed to go on from here. Raises DataError for weights that are not finite: they are not saved."""
+    weights = networks.arrays(network)
+    broken = [name for name, value in weights.items() if not np.isfinite(value).all()]
+    if broken:
+        raise DataError(
+            f"expected finite weights after step {progress.step}, got NaN or infinity in {broken[0]} and "
+            f"{len(broken) - 1} more; the last checkpoint is kept. Lower learning_rate, or set clip_norm"
+        )
+    return State(progress.step, weights, optimizer.state(), progress.facts())
 
 
 def save_is_due(settings: TrainingSettings, step: int, clock: Clock) -> bool:

@@ -41,6 +41,9 @@ def use_device(device: str) -> str:
             "--device gpu: expected a paddle built with CUDA, got the CPU build; install paddlepaddle-gpu, or leave "
             "--device out"
         )
+    if device == "gpu":
+        # the same bits from run to run
+        paddle.set_flags({"FLAGS_cudnn_deterministic": True})
     paddle.device.set_device(device)
     return str(paddle.device.get_device())
 

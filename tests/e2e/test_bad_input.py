@@ -60,7 +60,7 @@ def test_a_recipe_with_a_fault(ssld, old, new, said):
         ("stages.distill.epochs=many", ("stages.distill.epochs", "expected a whole number", "got 'many'")),
         ("stages.distill.epochs", ("-o stages.distill.epochs", "expected key.path=value")),
         ("data.labeled=s3://bucket/train", ("s3://bucket/train", "expected a folder", "copy the data")),
-        ("data.labeled=builtin:shape", ("builtin:shape", "did you mean 'shapes'?")),
+        ("data.labeled=builtin:shape", ("builtin:shape", "did you mean shapes?")),
         ("images.train=[RandCrop]", ("images.train", "RandCrop")),
     ],
 )

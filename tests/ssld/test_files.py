@@ -260,7 +260,7 @@ def test_sweep_removes_litter_at_any_depth_and_nothing_else(tmp_path: Path) -> N
         (place / ".del-step-2").mkdir()
         (place / ".tmp-journal-3").write_bytes(b"half")
     (run / "link").symlink_to(outside)
-    removed = files.sweep(run)
+    removed = files.sweep(run, depth=9)
     assert sorted(removed) == [run / "distill" / name for name in (".del-step-2", ".tmp-journal-3", ".tmp-step-1")]
     assert names(run / "distill") == ["step"]
     assert len(names(outside)) == 4
@@ -271,7 +271,7 @@ def test_sweep_gives_a_waiting_directory_its_name(tmp_path: Path, old_is_there: 
     if old_is_there:
         files.commit_directory(tmp_path / "step", {"a": b"old"})
     files.commit_directory(tmp_path / ".new-step", {"a": b"new"})
-    files.sweep(tmp_path)
+    files.sweep(tmp_path, depth=9)
     assert names(tmp_path) == ["step"]
     assert files.verify(tmp_path / "step").read("a") == b"new"
 

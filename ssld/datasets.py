@@ -1,0 +1,87 @@
+"""A recipe's data: every source opened, and the classes on which all of them agree."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ssld.data.samples import Samples, concatenate, same_classes
+from ssld.data.sources import open_source
+from ssld.errors import DataError, RecipeError
+from ssld.recipe import Data, Recipe, Split
+
+# a pool of millions loses a few images; more than one in a thousand is a broken source
+POOL_DAMAGE = 1000
+# one split for all seeds of a recipe, so that they are measured on the same images
+SPLIT_SEED = 0
+
+
+@dataclass(frozen=True)
+class Datasets:
+    """The recipe's sources, indexed: by their names in the recipe."""
+
+    sources: Mapping[str, Samples]
+    classes: tuple[str, ...]
+
+    @property
+    def validation(self) -> Samples:
+        return self.sources["validation"]
+
+    @property
+    def test(self) -> Samples | None:
+        return self.sources.get("test")
+
+    def named(self, names: tuple[str, ...]) -> Samples:
+        """What a stage reads: one source, or several as one set."""
+        parts = [self.sources[name] for name in names]
+        return parts[0] if len(parts) == 1 else concatenate(parts)
+
+    def damage_budget(self, names: tuple[str, ...]) -> int:
+        """So many images of these sources may be unreadable: none that is labeled, one in a thousand of the pool."""
+        return -(-len(self.sources["unlabeled"]) // POOL_DAMAGE) if "unlabeled" in names else 0
+
+
+def open_datasets(recipe: Recipe, limit: int | None, cache: Path | None) -> Datasets:
+    """Index every source that the recipe names and agree on the classes. limit: so many images of each at most."""
+    specs = {name: getattr(recipe.data, name) for name in Data.model_fields}
+    sources = {
+        name: open_source(spec, labeled=name != "unlabeled", cache=cache)
+        for name, spec in specs.items()
+        if spec is not None and not isinstance(spec, Split)
+    }
+    if isinstance(recipe.data.validation, Split) and "labeled" in sources:
+        rest, held_out = sources["labeled"].split(recipe.data.validation.split, SPLIT_SEED)
+        sources |= {"labeled": rest, "validation": held_out}
+    if "validation" not in sources:
+        raise RecipeError(
+            f"{recipe.place(('data',))}: expected a labeled validation set, got none; add data.validation: SOURCE, or "
+            f"{{split: 0.1}} to hold back a tenth of the labeled set"
+        )
+    classes = class_names(sources)
+    if limit is not None:
+        sources = {name: samples.limited(limit) for name, samples in sources.items()}
+    return Datasets(sources, classes)
+
+
+def class_names(sources: Mapping[str, Samples]) -> tuple[str, ...]:
+    """The class names on which all labeled sources agree; numbers as text where no source names them."""
+    labels = {name: samples.labels for name, samples in sources.items() if samples.labels is not None}
+    named = {name: classes for name in labels if (classes := sources[name].classes) is not None}
+    if named:
+        first, classes = next(iter(named.items()))
+        for name, other in named.items():
+            same_classes(classes, other, f"data.{first}", f"data.{name}")
+    else:
+        highest = max(int(column.max()) for column in labels.values())
+        classes = tuple(str(label) for label in range(highest + 1))
+    for name, column in labels.items():
+        beyond = np.flatnonzero(column >= len(classes))
+        if len(beyond):
+            raise DataError(
+                f"data.{name}: expected labels from 0 to {len(classes) - 1}, got {column[beyond[0]]} for "
+                f"{sources[name].where(int(beyond[0]))}; correct the label, or name the classes of all sources"
+            )
+    return classes

@@ -1,0 +1,40 @@
+"""What the bits of a result depend on besides its recipe."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+
+PADDLE, PADDLE_GPU = "paddlepaddle", "paddlepaddle-gpu"
+
+
+def installed(package: str) -> str:
+    """The version of an installed distribution, or nothing."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def environment() -> dict[str, str]:
+    """Machine, versions and thread settings, by name."""
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "MKL_CBWR")
+    return {
+        "machine": f"{platform.system()} {platform.machine()}",
+        "cpu": cpu_name(),
+        "python": platform.python_version(),
+        **{package: installed(package) for package in ("ssld", PADDLE, PADDLE_GPU, "numpy", "pillow")},
+        **{name: os.environ.get(name, "") for name in names},
+    }
+
+
+def cpu_name() -> str:
+    """The processor's model where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
