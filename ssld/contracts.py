@@ -20,7 +20,7 @@ S = TypeVar("S", bound="TrainingSettings")
 
 @dataclass(frozen=True)
 class TeacherSpec:
-    """What a teacher eats and what it answers; the engine renders every image to this.
+    """The input that a teacher takes, to which the engine renders every image, and the classes it answers in.
 
     size: side of the square input in pixels.
     fingerprint: a hash of the weights, so that the same name with other weights is another teacher.
@@ -52,7 +52,7 @@ class Teacher(Protocol):
 
     @property
     def spec(self) -> TeacherSpec:
-        """What it eats and answers."""
+        """Its input and its classes."""
         ...
 
     def predict(self, images: np.ndarray) -> np.ndarray:

@@ -153,13 +153,13 @@ class Runner:
 
     def _work(self, todo: list[Node], old: Old, journal: Journal) -> None:
         """Try everything once, set old results aside, run what is to do, and look at the test set."""
+        if not old.nodes:
+            self._begin(journal)
         # paddle takes SIGTERM for itself when it is imported, so it comes before our own handlers
         from ssld.preflight import preflight
         from ssld.score import score_checkpoint
 
         with self.stop.listening():
-            if not old.nodes:
-                self._begin(journal)
             preflight(todo, self.inputs, journal)
             self.stop.check("before anything was spent")
             if old.nodes:

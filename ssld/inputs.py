@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ class Inputs:
     run: RunDirectory
     plan: Plan
     options: Options
+    teachers: dict[tuple[str, int], Teacher] = field(default_factory=dict)
+    """Those that were looked at already; a stage that shares one with another does not load and measure it again."""
 
     def task(
         self,
@@ -72,8 +74,15 @@ class Inputs:
 
         Raises TeacherError for answers of the wrong form and for a teacher at chance level, PluginError for no teacher.
         """
-        setting, data = node.settings.taught_by, self.plan.data
+        setting = node.settings.taught_by
         assert setting is not None, "only asked for a stage that has a teacher"
+        key = repr(setting), node.settings.resolution
+        if key not in self.teachers:
+            self.teachers[key] = self._load_teacher(node, setting, journal)
+        return self.teachers[key]
+
+    def _load_teacher(self, node: Node, setting: TeacherSetting, journal: Journal) -> Teacher:
+        data = self.plan.data
         name, options = named(setting)
         supplied = {"classes": data.classes, "resolution": node.settings.resolution, "device": self.options.device}
         if setting.stage is not None:
@@ -88,7 +97,9 @@ class Inputs:
         who = f"the teacher {setting.stage or setting.network or setting.plugin} of {node.name}"
         evaluate = pipeline(self.plan.recipe, "eval", node.settings.resolution)
         quality = teaching.check(teacher, data.validation, evaluate, data.classes, who)
-        journal.record("teacher", who=who, **asdict(quality))
+        journal.record(
+            "teacher", who=who, top1=quality.accuracy, low=quality.low, high=quality.high, chance=quality.chance
+        )
         # a smoke run is about the way, not about the result
         if not (self.options.trust_teacher or self.options.limit):
             teaching.expect_better_than_chance(quality, who)

@@ -1,4 +1,4 @@
-"""Asking a teacher: what it is shown, what its answer is checked for, and whether it is worth learning from."""
+"""A teacher's predictions: what it is shown, what its answer is checked for, and whether it is worth learning from."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ def test_a_changed_key_is_refused_with_the_difference_and_both_ways_on(ssld, fin
     refused = ssld("run", "tiny.yaml", *EPOCHS, code=78)
     assert "runs/tiny holds results of another recipe" in refused.err
     assert "stages.distill.epochs: 2 → 1" in refused.err
-    assert "--rerun to do distill, finetune, fixres again" in refused.err
+    assert "with --rerun does distill, finetune, fixres again" in refused.err
     assert "another --out" in refused.err
     assert "continue:" not in refused.err
     assert ssld.snapshot(finished) == before
@@ -29,7 +29,8 @@ def test_a_changed_key_is_refused_with_the_difference_and_both_ways_on(ssld, fin
 def test_both_ways_on_lead_to_the_same_weights(ssld, finished, reference):
     before = stage_files(ssld.snapshot(finished))
     again = ssld("run", "tiny.yaml", *EPOCHS, "--rerun", "--trust-teacher")
-    assert "3 results are set aside in runs/tiny/attempt.1: stages.distill.epochs: 2 → 1" in again.err
+    assert "stages.distill.epochs: 2 → 1: 3 results, " in again.err
+    assert "of work, are set aside in runs/tiny/attempt.1" in again.err
     after = ssld.snapshot(finished)
     kept = [name for name in before if name.startswith("teach/")]
     assert {name: after[name] for name in kept} == {name: before[name] for name in kept}
@@ -77,7 +78,7 @@ def test_changed_data_are_named(ssld, photos):
     def refused(change: str) -> None:
         message = ssld(*command, code=78).err
         assert "teach: data.labeled: " in message, change
-        assert "--rerun to do teach again" in message, change
+        assert "with --rerun does teach again" in message, change
         assert ssld.snapshot(run) == before, change
 
     facts = file.stat()

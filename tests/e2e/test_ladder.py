@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -27,8 +28,21 @@ def test_the_table_on_standard_output_names_four_whole_checkpoints(reference):
 
 
 def test_what_the_screen_shows_is_in_the_log_as_well(reference):
-    log = (reference.directory / "train.log").read_text().splitlines()
-    assert [line.split(" ", 2)[2] for line in log] == reference.result.err.splitlines()
+    log = (reference.directory / "train.log").read_text()
+    stamped = [
+        line.split(" ", 2)[2] for line in log.splitlines() if re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d .", line)
+    ]
+    shown = reference.result.err.splitlines()
+    assert [line for line in stamped if line in shown] == shown
+
+
+def test_the_log_holds_the_resolved_recipe_and_the_environment(reference):
+    log = (reference.directory / "train.log").read_text()
+    assert (reference.directory / "recipe.yaml").read_text() in log
+    (resolved,) = re.findall(r"fixres, resolved: (.*)", log)
+    assert (json.loads(resolved)["resolution"], json.loads(resolved)["warmup_epochs"]) == (48, 0.0)
+    (environment,) = re.findall(r"environment: (.*)", log)
+    assert json.loads(environment)["paddlepaddle"] == version("paddlepaddle")
 
 
 def test_the_table_holds_the_last_evaluation_of_each_stage(reference):
@@ -92,7 +106,7 @@ def test_eval_measures_what_the_table_says(ssld, reference):
 def test_list_shows_what_is_installed_and_whose_it_is(ssld, what, expected):
     rows = ssld("list", what).table()
     (name,) = set(rows[0]) - {"distribution", "version"}
-    assert {name, name + "s", name + "es"} & {what}
+    assert {name.removesuffix(" kind") + ending for ending in ("s", "es")} & {what}
     assert expected <= {row[name] for row in rows if row["distribution"] == "ssld"}
 
 
