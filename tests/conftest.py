@@ -52,7 +52,6 @@ def make_task(tmp_path) -> Callable[..., Task]:
             "seed": 1,
             "device": "cpu",
             "validation": open_shapes(12, seed=1),
-            "test": None,
             "train": TRAIN.at(resolved.resolution),
             "initial": None,
             "teacher": None,

@@ -39,7 +39,7 @@ OWNERS = {
 DOORS = {
     ("ssld/__init__.py", "__getattr__"): "a plug-in, and `ssld --help`, import ssld without the engine",
     ("ssld/cli.py", "*"): "a command imports what it does, so that `ssld --help` is immediate",
-    ("ssld/engine.py", "Walk._work"): "paddle loads when a run has work to do, not for plan and status",
+    ("ssld/engine.py", "Runner._work"): "paddle loads when a run has work to do, not for plan and status",
     ("stages/*.py", "run"): "plan, schema and editors read a kind's settings without paddle",
 }
 """Functions that may import from ssld, and why: everywhere else an import stands at the top of its file."""
@@ -364,7 +364,8 @@ def test_a_run_imports_no_room_by_its_folder(tmp_path: Path) -> None:
 LAWFUL = {
     "ssld/__init__.py": "def __getattr__(name):\n    from ssld import engine\n",
     "ssld/cli.py": "import click\nimport ssld\ndef run():\n    from ssld.engine import run\n",
-    "ssld/engine.py": "class Walk:\n    def _work(self):\n        from ssld.train import networks\n",
+    "ssld/engine.py": "class Runner:\n    def _work(self):\n        from ssld.score import score_checkpoint\n",
+    "ssld/score.py": "from ssld.train import networks\n",
     "ssld/train/__init__.py": "import paddle\n",
     "ssld/train/networks.py": "from ssld.errors import SsldError\n",
     "ssld/errors.py": "",
@@ -418,7 +419,7 @@ def test_a_breach_is_seen(check: Callable[[Sources], list[str]], path: str, sour
 
 def test_a_door_that_is_gone_is_seen() -> None:
     [breach] = breaches_of_doors({**LAWFUL, "ssld/engine.py": ""})
-    assert "Walk._work: no longer a door" in breach
+    assert "Runner._work: no longer a door" in breach
 
 
 SETUP = """

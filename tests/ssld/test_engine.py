@@ -14,11 +14,22 @@ import numpy as np
 import paddle
 import pytest
 import safetensors.numpy
+from PIL import Image
 
-from ssld import engine, plugins
+from ssld import checkpoint, engine, files, plugins, preflight, rundir, score
 from ssld.contracts import Outcome, State, TeacherSpec
+from ssld.data.samples import Samples
 from ssld.data.sources import open_source
-from ssld.errors import ChangedError, CheckpointError, Interrupted, PluginError, RecipeError, TeacherError
+from ssld.errors import (
+    ChangedError,
+    CheckpointError,
+    Interrupted,
+    OutputError,
+    PluginError,
+    RecipeError,
+    StorageError,
+    TeacherError,
+)
 
 STUDENT = "MobileNetV3_small_x0_35"
 SHAPES = "builtin:shapes?size=16&classes=4&"
@@ -56,8 +67,10 @@ RECIPE = {
 class Constant:
     """A teacher that says the same of every image: as good as chance."""
 
+    fingerprint = "constant"
+
     def __init__(self, classes):
-        self.spec = TeacherSpec(16, "constant", classes=classes, mean=None, std=None)
+        self.spec = TeacherSpec(16, self.fingerprint, classes=classes, mean=None, std=None)
 
     def predict(self, images):
         return np.zeros((len(images), 4), np.float32)
@@ -84,6 +97,7 @@ class Stages:
     def __init__(self):
         self.tasks = []
         self.before = {}
+        self.scored = []
 
     @property
     def ran(self):
@@ -95,6 +109,11 @@ class Stages:
         steps = task.settings.total_steps(len(task.data))
         return Outcome(state(task, steps, metrics={"top1": 0.5, "top5": 1.0}), {"top1": 0.5, "top5": 1.0})
 
+    def score(self, found, samples, device):
+        """In place of an evaluation: each is told from those before it by its result."""
+        self.scored.append((found.state["stage"], samples.identity, device))
+        return {"top1": len(self.scored) / 100, "top5": 1.0}
+
 
 def state(task, step, **facts):
     weights = {"seed": np.array([task.seed]), "step": np.array([step])}
@@ -104,7 +123,10 @@ def state(task, step, **facts):
 
 @pytest.fixture
 def stages(monkeypatch, tmp_path):
-    """Kinds that train nothing, and a stage teacher that is right; runs are in the current directory."""
+    """Kinds that train nothing, evaluations of the test set that read nothing, and teachers that are right.
+
+    Runs are in the current directory. The teacher `acme` comes from a distribution of that name.
+    """
     made = Stages()
     known_kind, known_load = plugins.stage_kind, plugins.load
     monkeypatch.setattr(plugins, "stage_kind", lambda name: dataclasses.replace(known_kind(name), run=made.work))
@@ -114,9 +136,14 @@ def stages(monkeypatch, tmp_path):
     def load(kind, name):
         if (kind, name) == ("teachers", "stage"):
             return lambda stage, classes: made.teacher(classes)
+        if (kind, name) == ("teachers", "acme"):
+            return lambda classes: made.teacher(classes)
         return known_load(kind, name)
 
+    known_origin = plugins.origin
+    monkeypatch.setattr(plugins, "origin", lambda *who: "acme 1" if who[1] == "acme" else known_origin(*who))
     monkeypatch.setattr(plugins, "load", load)
+    monkeypatch.setattr(score, "score_checkpoint", made.score)
     monkeypatch.chdir(tmp_path)
     return made
 
@@ -188,7 +215,10 @@ def test_each_task_holds_its_own_inputs(stages):
     assert finetune.initial["seed"] == [distill.seed]
     assert fixres.initial["seed"] == [finetune.seed]
     assert [task.teacher is not None for task in stages.tasks] == [False, True, True, False]
-    assert [task.test is not None for task in stages.tasks] == [False, False, False, True]
+    test = open_source(RECIPE["data"]["test"], labeled=True).identity
+    held = [value for task in stages.tasks for value in vars(task).values() if isinstance(value, Samples)]
+    assert len(held) == 8
+    assert test not in {samples.identity for samples in held}
     assert [len(task.data) for task in stages.tasks] == [40, 60, 40, 40]
     assert [task.data.labels is None for task in stages.tasks] == [False, True, False, False]
     assert [task.damage_budget for task in stages.tasks] == [0, 1, 0, 0]
@@ -360,6 +390,183 @@ def test_a_refused_resume_sets_nothing_aside(stages):
     assert not Path("runs/ladder/attempt.1").exists()
 
 
+@pytest.fixture
+def pool():
+    """A folder of six images, without labels."""
+    Path("pool").mkdir()
+    for i in range(6):
+        Image.new("RGB", (16, 16), (i, 0, 0)).save(f"pool/{i}.png")
+    return {"data.unlabeled": "pool"}
+
+
+def test_what_changed_in_the_recipe_and_behind_it_is_said(stages, pool):
+    run(pool)
+    Image.new("RGB", (16, 16)).save("pool/6.png")
+    with pytest.raises(ChangedError) as caught:
+        run({**pool, "stages.fixres.epochs": 3}, limit=50)
+    lines = [line.split(": ")[0].strip() for line in str(caught.value).splitlines()[1:-1]]
+    assert {"stages.fixres.epochs", "--limit", "distill"} <= set(lines)
+    assert "distill: data.unlabeled: " in str(caught.value)
+    assert "seed" not in str(caught.value)
+
+
+def test_images_that_changed_under_the_same_recipe_are_named(stages, pool):
+    run(pool)
+    Path("pool/0.png").unlink()
+    with pytest.raises(ChangedError) as caught:
+        engine.resume()
+    *lines, ways = str(caught.value).splitlines()[1:]
+    assert [line.split(": ")[:2] for line in lines] == [["  distill", "data.unlabeled"]]
+    assert "--rerun does distill, finetune, fixres again" in ways
+
+
+def test_the_new_recipe_is_recorded_before_results_move(stages, monkeypatch):
+    """A process that is killed between the two must not go on with the old recipe."""
+    run()
+    recorded = []
+
+    def move(source, target):
+        recorded.append("epochs: 3" in Path("runs/ladder/recipe.yaml").read_text())
+        if len(recorded) == 2:
+            raise StorageError("no space left")
+        files.move(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rundir, "move", move)
+        with pytest.raises(StorageError):
+            run({"stages.distill.epochs": 3}, rerun=True)
+    assert recorded == [True, True]
+    assert stages.ran == LADDER
+    assert kinds(engine.status()) == ["done", "changed", "changed", "new"]
+    assert kinds(run({"stages.distill.epochs": 3}, rerun=True)) == ["done"] * 4
+    assert stages.ran == [*LADDER, *LADDER[1:]]
+
+
+@pytest.mark.xfail(strict=True, reason="only the recorded recipe is compared, which is the new one by then")
+def test_what_a_killed_rerun_left_is_refused_with_its_reason(stages, monkeypatch):
+    run()
+
+    def fail(*_):
+        raise StorageError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rundir, "move", fail)
+        with pytest.raises(StorageError):
+            run({"stages.distill.epochs": 3}, rerun=True)
+    with pytest.raises(ChangedError, match=r"epochs: 2 → 3"):
+        engine.resume()
+
+
+# Damage and kills -----------------------------------------------------------------------------------------------------
+
+
+def damage(stage):
+    for file in Path("runs/ladder", stage).glob("step-*/student.safetensors"):
+        file.write_bytes(file.read_bytes()[:-1])
+
+
+def test_a_stage_whose_checkpoints_are_all_damaged_starts_again_when_it_is_asked_to(stages):
+    run()
+    damage("finetune")
+    with pytest.raises(CheckpointError, match="all damaged"):
+        engine.resume()
+    assert stages.ran == LADDER
+    assert kinds(engine.resume(stage="finetune")) == ["done"] * 4
+    assert stages.ran == [*LADDER, "finetune", "fixres"]
+    assert "all damaged" in log()
+    assert "the stage starts again" in log()
+    assert Path("runs/ladder/attempt.1/finetune").is_dir()
+
+
+def test_damage_in_an_earlier_stage_stops_a_later_one_from_starting_again(stages):
+    run()
+    damage("distill")
+    with pytest.raises(CheckpointError, match="all damaged"):
+        engine.resume(stage="finetune")
+    assert stages.ran == LADDER
+    assert not Path("runs/ladder/attempt.1").exists()
+
+
+def test_links_that_a_kill_left_behind_are_mended_at_the_next_start(stages):
+    run()
+    links = {link: os.readlink(link) for link in Path("runs/ladder").glob("*/latest")}
+    assert len(links) == 4
+    for link in links:
+        link.unlink()
+        link.symlink_to("step-00000000")
+    engine.resume()
+    assert {link: os.readlink(link) for link in links} == links
+
+
+def test_a_directory_that_is_no_run_is_left_alone(stages):
+    Path("photos").mkdir()
+    Path("photos/cat.jpg").write_bytes(b"cat")
+    before = Path("photos").stat().st_mtime_ns
+    with pytest.raises(OutputError, match=r"photos: expected a run or an empty directory, got one that holds cat\.jpg"):
+        run(out="photos")
+    assert [path.name for path in Path("photos").iterdir()] == ["cat.jpg"]
+    assert Path("photos").stat().st_mtime_ns == before
+
+
+# The test set ---------------------------------------------------------------------------------------------------------
+
+OTHER_TEST = {"data.test": f"{SHAPES}count=8&seed=4"}
+
+
+def identity(changes=()):
+    return open_source(dict(changes).get("data.test", RECIPE["data"]["test"]), labeled=True).identity
+
+
+def test_the_last_stage_is_measured_on_the_test_set_once(stages):
+    first = run()
+    assert stages.scored == [("fixres", identity(), "cpu")]
+    assert first.test == {"top1": 0.01, "top5": 1.0}
+    for again in (run(), engine.resume(), engine.status(), engine.plan("ladder.yaml")):
+        assert (again.test, again.fresh) == (first.test, False)
+    assert len(stages.scored) == 1
+
+
+def test_another_test_set_is_measured_and_nothing_else_is_done(stages):
+    run()
+    other = run(OTHER_TEST)
+    assert stages.ran == LADDER
+    assert stages.scored[1:] == [("fixres", identity(OTHER_TEST), "cpu")]
+    assert (other.fresh, other.test) == (True, {"top1": 0.02, "top5": 1.0})
+    assert engine.status().test == other.test  # the recorded recipe names the new set
+
+
+def test_a_test_set_that_comes_later_is_measured_alone(stages):
+    without = {"data.test": None}
+    first = run(without)
+    assert (stages.scored, first.test) == ([], None)
+    assert not Path("runs/ladder/test.json").exists()
+    assert run().test == {"top1": 0.01, "top5": 1.0}
+    assert stages.ran == LADDER
+    assert run(without).test is None
+
+
+def test_another_last_stage_is_measured_again(stages):
+    run()
+    overview = run({"stages.fixres.epochs": 3}, rerun=True)
+    assert len(stages.scored) == 2
+    assert overview.test == {"top1": 0.02, "top5": 1.0}
+
+
+@pytest.mark.xfail(strict=True, reason="a measurement is known by the stage's fingerprint, not by its weights")
+def test_weights_that_were_made_again_are_measured_again(stages):
+    """Another machine, or another teacher under the same name, gives other weights under the same fingerprint."""
+    run()
+    assert engine.resume(stage="fixres").test == {"top1": 0.02, "top5": 1.0}
+
+
+def test_a_run_that_stops_early_does_not_touch_the_test_set(stages):
+    stages.before["finetune"] = stop_at(1)
+    with pytest.raises(Interrupted):
+        run()
+    assert stages.scored == []
+    assert engine.status().test is None
+
+
 # Before anything is spent ---------------------------------------------------------------------------------------------
 
 
@@ -390,10 +597,41 @@ def test_a_teacher_no_better_than_chance_stops_the_run(stages):
     with pytest.raises(TeacherError) as caught:
         run()
     text = str(caught.value)
-    assert "the teacher teach of distill: expected better than chance, 0.250, got top-1 0.250" in text
+    assert "the teacher teach of distill: expected better than chance, got top-1 0.250" in text
+    assert "chance 0.250; check its weights" in text
     assert "--trust-teacher" in text
     assert stages.ran == ["teach"]
-    assert caught.value.__notes__ == ["continue: ssld resume --out runs/ladder"]
+    assert not hasattr(caught.value, "__notes__")  # resume alone would come to the same end
+    assert kinds(run(trust_teacher=True)) == ["done"] * 4
+    assert stages.ran == LADDER
+
+
+def test_a_smoke_run_goes_on_with_a_teacher_at_chance(stages):
+    stages.teacher = Constant
+    assert kinds(run(limit=12)) == ["done"] * 4
+    assert "top-1 0.250" in log()
+
+
+class Another(Constant):
+    fingerprint = "another"
+
+
+def test_a_stopped_stage_goes_on_with_its_own_teacher_only(stages):
+    """The weights of a plug-in are known once it is loaded; the plan does not see them."""
+    stages.teacher = Constant
+    stages.before["distill"] = stop_at(1)
+    with pytest.raises(Interrupted):
+        run({"stages.distill.teacher": {"plugin": "acme"}}, trust_teacher=True)
+    stages.teacher = Another
+    message = r"distill: expected the teacher with which the stage began, .* constant…, got another…; .*--stage"
+    with pytest.raises(ChangedError, match=message):
+        engine.resume()
+    assert stages.ran == ["teach", "distill"]
+    assert kinds(engine.status())[1] == "resume"
+    stages.before.clear()
+    assert kinds(engine.resume(stage="distill")) == ["done"] * 4
+    kept = checkpoint.latest(Path("runs/ladder/distill"), pytest.fail)
+    assert kept.state["teacher"] == "another"
 
 
 def test_a_teacher_is_what_offers_a_spec_and_predict(stages):
@@ -414,13 +652,10 @@ def test_a_trusted_teacher_may_be_as_bad_as_chance_also_when_resumed(stages):
 
 def test_how_good_a_teacher_is_is_said_and_recorded(stages):
     run()
-    first, second = events("teacher")
-    assert [event["who"] for event in (first, second)] == [
-        "the teacher teach of distill",
-        "the teacher teach of finetune",
-    ]
-    assert (first["top1"], first["chance"]) == (1.0, 0.25)
-    assert 0.8 < first["low"] < 1.0
+    (event,) = events("teacher")  # distill and finetune share it
+    assert event["who"] == "the teacher teach of distill"
+    assert (event["top1"], event["chance"]) == (1.0, 0.25)
+    assert 0.8 < event["low"] < 1.0
     assert "the teacher teach of distill: top-1 1.000 (0.8" in log()
     assert "on 24 validation images, chance 0.250" in log()
 
@@ -428,8 +663,8 @@ def test_how_good_a_teacher_is_is_said_and_recorded(stages):
 # Signals --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_is_shown_to_the_stage_and_the_handlers_come_back(stages, number):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_is_shown_to_the_stage_and_the_run_stops_after_it(stages, number, code):
     seen = []
 
     def before(task):
@@ -439,9 +674,31 @@ def test_a_signal_is_shown_to_the_stage_and_the_handlers_come_back(stages, numbe
 
     handlers = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
     stages.before["distill"] = before
-    run()
+    with pytest.raises(Interrupted, match=f"stopped by {number.name} after distill, which is finished") as caught:
+        run()
+    assert caught.value.exit_code == code
+    assert caught.value.__notes__ == ["continue: ssld resume --out runs/ladder"]
     assert seen == [None, number]
     assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == handlers
+    assert kinds(engine.status()) == ["done", "done", "new", "new"]
+    assert kinds(engine.resume()) == ["done"] * 4
+    assert stages.ran == LADDER
+
+
+def test_a_signal_in_the_last_stage_leaves_the_test_set_for_later(stages):
+    stages.before["fixres"] = lambda task: os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(Interrupted):
+        run()
+    assert stages.scored == []
+    assert engine.resume().test == {"top1": 0.01, "top5": 1.0}
+    assert stages.ran == LADDER
+
+
+def test_a_signal_before_the_first_stage_spends_nothing(stages, monkeypatch):
+    monkeypatch.setattr(preflight, "preflight", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Interrupted, match="before anything was spent"):
+        run()
+    assert stages.tasks == []
 
 
 def test_the_handlers_come_back_after_an_error(stages):

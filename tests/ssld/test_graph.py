@@ -70,6 +70,7 @@ def plan(tmp_path):
             inner.pop(key, None)
             inner |= {} if value is None else {key: value}
         written = tmp_path / file
+        plan.file = written
         written.write_text(head + json.dumps(values, indent=1))  # JSON is YAML
         return make_plan(read_recipe(written), cache=tmp_path / "cache", **options)
 
@@ -156,7 +157,7 @@ def test_a_cycle_is_shown_in_the_direction_of_reading(stages):
 
 
 def test_a_stage_that_is_not_there_is_named_with_the_nearest(plan):
-    message = r"stages\.fixres: expected a stage .* got 'finetun', did you mean finetune\?; its stages are teach, dist"
+    message = r"yaml:\d+:\d+: stages\.fixres: expected a stage .* got 'finetun'; did you mean finetune\?"
     with pytest.raises(RecipeError, match=message):
         plan({"stages.fixres.from": "finetun"})
 
@@ -216,6 +217,27 @@ def test_operators_that_end_at_another_size_are_refused_at_their_place(plan):
         RecipeError, match=r"recipe\.yaml:\d+:\d+: images\.eval: expected a view of 32 x 32 pixels, got"
     ):
         plan({"images.eval": ["ResizeImage"]})
+
+
+def test_operators_that_enlarge_what_they_shrank_are_refused_at_their_place(plan):
+    blurring = [{"ResizeImage": {"resize_short": 24}}, {"CropImage": {"size": 24}}, {"ResizeImage": {"size": 32}}]
+    message = (
+        r"recipe\.yaml:\d+:\d+: images\.eval: expected no operator to enlarge .* 24 px before ResizeImage of 32 px"
+    )
+    with pytest.raises(RecipeError, match=message):
+        plan({"images.eval": [*blurring, "NormalizeImage"]})
+
+
+def test_a_warm_up_longer_than_the_stage_is_refused_at_its_place(plan):
+    message = (
+        r"recipe\.yaml:\d+:\d+: stages\.finetune\.warmup_epochs: expected a warm-up within the 30 epochs of the stage, "
+        r"got 30\.5; lower it, or raise epochs"
+    )
+    with pytest.raises(RecipeError, match=message) as caught:
+        plan({"stages.finetune.warmup_epochs": 30.5})
+    line = int(str(caught.value).split(":")[1])
+    assert "warmup_epochs" in plan.file.read_text().splitlines()[line - 1]
+    assert plan({"stages.finetune.warmup_epochs": 30}).node("finetune").settings.warmup_epochs == 30
 
 
 # Fingerprints ---------------------------------------------------------------------------------------------------------
@@ -300,6 +322,44 @@ def test_a_new_revision_of_a_kind_is_another_stage(plan, monkeypatch):
     assert differing(before, plan()) == ["finetune", "fixres"]
 
 
+@pytest.fixture
+def versions(monkeypatch):
+    """versions[distribution] = version: what is said to be installed; `owner` names who offers each plug-in."""
+    known, owner = {"ssld": "1.0"}, {}
+
+    def origin(kind, name):
+        distribution = owner.get(name, "ssld")
+        return f"{distribution} {known[distribution]}"
+
+    monkeypatch.setattr(plugins, "origin", origin)
+    return SimpleNamespace(known=known, owner=owner)
+
+
+def test_a_release_of_ssld_changes_no_fingerprint_by_itself(plan, versions):
+    before = plan()
+    versions.known["ssld"] = "2.0"
+    assert differing(before, plan()) == []
+
+
+@pytest.mark.parametrize(
+    ("plugin", "changes", "stages"),
+    [
+        ("ResNet18_vd", {}, LADDER),
+        ("js", {}, LADDER[1:]),
+        ("fixres", {}, ["fixres"]),
+        ("acme", {"stages.finetune.teacher": {"plugin": "acme"}}, ["finetune", "fixres"]),
+    ],
+    ids=["student", "loss", "kind", "teacher"],
+)
+@pytest.mark.parametrize("distribution", ["acme-models", "ssld-models"])
+def test_a_release_of_a_strangers_plug_in_does(plan, versions, plugin, changes, stages, distribution):
+    versions.owner[plugin] = distribution
+    versions.known[distribution] = "1.0"
+    before = plan(changes)
+    versions.known[distribution] = "1.1"
+    assert differing(before, plan(changes)) == stages
+
+
 def test_a_stage_of_another_name_draws_other_weights(plan):
     stages = RECIPE["stages"]
     renamed = {"teacher" if name == "teach" else name: stage for name, stage in copy.deepcopy(stages).items()}
@@ -326,6 +386,24 @@ def test_a_weights_file_counts_by_its_content(plan, tmp_path):
     file.unlink()
     with pytest.raises(RecipeError, match=r"expected a weights file.*weights\.safetensors.* No such file"):
         plan(changes)
+
+
+@pytest.mark.parametrize("key", ["teacher", "from"])
+def test_where_a_weights_file_lies_does_not_matter(plan, tmp_path, key):
+    first, moved = tmp_path / "weights.safetensors", tmp_path / "elsewhere.safetensors"
+    safetensors.numpy.save_file({"a": np.array([1.0])}, first)
+
+    def starting_from(file):
+        if key == "teacher":
+            return plan({"stages.finetune.teacher": {"network": "ResNet18_vd", "weights": str(file)}})
+        student = {"stages.finetune.student": "MobileNetV3_small_x0_35"}
+        return plan({"stages.finetune.from": str(file), "stages.finetune.learning_rate": 0.1, **student})
+
+    before = starting_from(first)
+    first.rename(moved)
+    assert differing(before, starting_from(moved)) == []
+    safetensors.numpy.save_file({"a": np.array([2.0])}, moved)
+    assert differing(before, starting_from(moved)) == ["finetune", "fixres"]
 
 
 @pytest.fixture
@@ -374,8 +452,12 @@ def test_a_part_of_the_labeled_images_is_held_out(plan):
     assert (len(held), len(rest)) == (20, 80)
     assert not held & rest
     assert np.bincount(made.data.validation.labels).tolist() == [5] * 4
-    again, other = (plan({"data.validation": {"split": 0.2}, "seed": seed}).data.validation for seed in (3, 4))
-    assert again.identity == made.data.validation.identity != other.identity
+
+
+def test_all_seeds_of_a_recipe_are_measured_on_the_same_held_out_images(plan):
+    one, other = (plan({"data.validation": {"split": 0.2}, "seed": seed}).data for seed in (3, 4))
+    assert one.validation.identity == other.validation.identity
+    assert one.named(("labeled",)).identity == other.named(("labeled",)).identity
 
 
 def test_without_a_validation_set_nothing_is_planned(plan):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -10,7 +12,7 @@ from ssld import teaching
 from ssld.contracts import TeacherSpec
 from ssld.data.transforms import Pipeline
 from ssld.errors import DataError, TeacherError
-from ssld.teaching import ask, check, prepare
+from ssld.teaching import Quality, ask, check, expect_better_than_chance, prepare
 
 EVAL = Pipeline.read(["ResizeImage", "CropImage", "NormalizeImage"], 16)
 CLASSES = ("circle", "square", "triangle", "cross")
@@ -52,6 +54,23 @@ def test_a_teacher_without_mean_and_std_gets_the_pixels_as_they_are():
     ask(teacher, PIXELS, 4, "t")
     assert teacher.seen[0].dtype == np.uint8
     assert np.array_equal(teacher.seen[0], PIXELS)
+
+
+@pytest.mark.parametrize("spec", [{"mean": None, "std": None}, {}], ids=["pixels", "normalized"])
+def test_a_teacher_that_writes_into_its_input_does_not_change_what_the_student_sees(spec):
+    images = PIXELS.copy()
+
+    def scribble(seen):
+        seen[:] = 0
+        return zeros(seen)
+
+    if spec:
+        with pytest.raises(TeacherError, match=r"t raised ValueError on a batch of 3 images: .*read-only"):
+            ask(Fake(scribble, **spec), images, 4, "t")
+    else:
+        ask(Fake(scribble), images, 4, "t")
+    assert np.array_equal(images, PIXELS)
+    assert images.flags.writeable
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
@@ -134,6 +153,25 @@ def test_right_answers_belong_to_their_images(shapes):
         return np.eye(4, dtype=np.float32)[[known[image.tobytes()] for image in images]]
 
     assert check(Fake(answer, mean=None, std=None), samples, EVAL, CLASSES, "t").accuracy == 1.0
+
+
+def test_chance_is_the_share_of_the_largest_class(shapes):
+    """Three in five are crosses: to say so of every image is no knowledge, though it is right more than one in four."""
+    even = shapes(80)
+    crosses, others = (np.flatnonzero((even.labels == 3) == of) for of in (True, False))
+    samples = even.subset(np.sort(np.concatenate([crosses[:18], others[:12]])))
+    quality = check(Fake(constant(3)), samples, EVAL, CLASSES, "t")
+    assert (quality.accuracy, quality.chance, quality.images) == (0.6, 0.6, 30)
+    assert quality.low > 0.25
+    with pytest.raises(TeacherError, match=r"t: expected better than chance, got top-1 0\.600 .*chance 0\.600; "):
+        expect_better_than_chance(quality, "t")
+
+
+@pytest.mark.parametrize(("low", "fails"), [(0.24, True), (0.25, True), (0.26, False)])
+def test_the_whole_interval_must_be_above_chance(low, fails):
+    quality = Quality(accuracy=0.4, low=low, high=0.6, chance=0.25, images=40)
+    with pytest.raises(TeacherError) if fails else nullcontext():
+        expect_better_than_chance(quality, "t")
 
 
 def test_many_images_are_sampled(shapes, monkeypatch):

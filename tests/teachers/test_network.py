@@ -49,7 +49,7 @@ def test_it_answers_as_the_network_does(weights):
     with paddle.no_grad():
         expected = layer(paddle.to_tensor(images)).numpy()
     np.testing.assert_allclose(made.predict(images), expected, rtol=1e-3, atol=1e-4)
-    assert (made.spec.size, made.spec.resize_short, made.spec.classes) == (16, None, None)
+    assert (made.spec.size, made.spec.resize_short, made.spec.classes) == (16, None, CLASSES)
     assert made.spec.mean == (0.485, 0.456, 0.406)
 
 
