@@ -55,4 +55,5 @@ def what_changed(directory: RunDirectory, plan: Plan, options: Options, before: 
             *({key: basis[key] for key in BEHIND} for basis in (status.checkpoint.state["basis"], node.basis))
         )
     ]
-    return [*lines, *behind]
+    # after a --rerun that was killed, the recorded recipe is the new one already
+    return [*lines, *behind] or [f"{node.name}: {status.why}" for node, status in before if status.kind == "changed"]

@@ -142,7 +142,7 @@ def discard(directory: Path) -> None:
 
 
 def move(source: Path, target: Path) -> None:
-    """Rename a directory, durably; the target's parent is made where it is missing."""
+    """Rename a file or a directory, durably; the target's parent is made where it is missing."""
     with _reported(target, 0):
         _make(target.parent)
         disk.rename(source, target)

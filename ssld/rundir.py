@@ -79,7 +79,8 @@ class RunDirectory:
 
     def _strangers(self) -> Iterator[str]:
         """What a run that was killed before it began would not have left."""
-        return (path.name for path in self.path.iterdir() if not path.name.startswith((*OWN, ".tmp-")))
+        names = (path.name for path in self.path.iterdir())
+        return (name for name in names if name not in OWN and not name.startswith(".tmp-"))
 
     def clear(self) -> None:
         """Remove what a killed process left half done; only for the holder of the lock."""
@@ -164,11 +165,13 @@ class RunDirectory:
     def set_aside(self, nodes: list[Node]) -> tuple[Path, int]:
         """Move the results of these stages to a new attempt folder; returns it and how many there were.
 
-        The last stage goes first, so that a killed process never leaves a result behind that later ones were made from.
+        What was made last goes first, so that a killed process never leaves a result whose origin is gone.
         """
         there = [node for node in nodes if self.stage(node).is_dir()]
         taken = [int(number) for path in self.path.glob("attempt.*") if (number := path.suffix[1:]).isdigit()]
         target = self.path / f"attempt.{1 + max(taken, default=0)}"
+        if (self.path / "test.json").exists() and there:
+            move(self.path / "test.json", target / "test.json")
         for node in reversed(there):
             move(self.stage(node), target / node.name)
         return target, len(there)

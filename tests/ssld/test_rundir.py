@@ -186,10 +186,7 @@ def listing(root):
         "photos/cat.jpg",
         "train.py",
         "step-00000001/state.json",
-        pytest.param(
-            "recipe.yaml.bak",
-            marks=pytest.mark.xfail(strict=True, reason="a file of ours is known by how its name begins"),
-        ),
+        "recipe.yaml.bak",
     ],
 )
 def test_a_directory_that_is_no_run_is_refused_and_not_touched(run, stranger):
