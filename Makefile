@@ -10,9 +10,9 @@ test:
 
 wheel:
 	rm -rf build dist
-	pip wheel --no-deps --wheel-dir dist .
+	pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 
-# on the installed wheel, where every room has its own name; needs mypy
+# on the installed wheel, where every room has its own name
 types: wheel
 	pip install --quiet --no-deps --target build/site dist/*.whl
 	cd build/site && mypy --config-file ../../pyproject.toml -p ssld

@@ -16,7 +16,7 @@ from ssld.settings import TrainingSettings
 RECIPES = Path(__file__).parents[2] / "recipes"
 FILES = sorted(RECIPES.rglob("*.yaml"))
 NOTE = ("source:", "command:", "result:", "cost:", "date:")
-LONGEST = 60
+LONGEST = 50
 
 
 def named(path: Path) -> str:
