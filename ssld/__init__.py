@@ -21,6 +21,10 @@ __version__ = "0.1.0"
 __all__ = ["Overview", "SsldError", "plan", "resume", "run", "status"]
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 def __getattr__(name: str) -> Any:
     # the engine reads recipes and indexes data; `ssld --help` and plug-ins need none of it
     if name not in __all__:

@@ -9,7 +9,7 @@ from ssld.errors import ChangedError
 from ssld.graph import Node, Plan
 from ssld.journal import Journal, duration
 from ssld.recipe import differences
-from ssld.rundir import Options, RunDirectory, Status
+from ssld.rundir import Options, RunDirectory, Status, brief
 
 # what a result was made from besides the recipe's own text
 BEHIND = ("data", "validation", "classes", "files", "plug-ins", "kind")
@@ -46,13 +46,13 @@ def what_changed(directory: RunDirectory, plan: Plan, options: Options, before: 
     recorded, recorded_options = directory.recorded()
     lines = differences(recorded.tree.value, plan.recipe.tree.value)
     if recorded_options.limit != options.limit:
-        lines.append(f"--limit: {recorded_options.limit} → {options.limit}")
+        lines.append(f"--limit: {recorded_options.limit or 'not given'} → {options.limit or 'not given'}")
     behind = [
         f"{node.name}: {line}"
         for node, status in before
         if status.kind == "changed" and status.checkpoint is not None
         for line in differences(
-            *({key: basis[key] for key in BEHIND} for basis in (status.checkpoint.state["basis"], node.basis))
+            *(brief({key: basis[key] for key in BEHIND}) for basis in (status.checkpoint.state["basis"], node.basis))
         )
     ]
     # after a --rerun that was killed, the recorded recipe is the new one already

@@ -128,7 +128,7 @@ def fit_weights(weights: Mapping[str, np.ndarray], wanted: Mapping[str, tuple[in
     what: the weights and the network in words, the subject of the message.
     """
     missing = [f"{key} {list(wanted[key])}" for key in wanted if key not in weights]
-    unknown = [f"{key} {list(weights[key].shape)}" for key in weights if key not in wanted]
+    unknown = [f"{key} {list(weights[key].shape)}" for key in sorted(weights) if key not in wanted]
     reshaped = [
         f"{key} {list(shape)} in the network, {list(weights[key].shape)} in the file"
         for key, shape in wanted.items()

@@ -66,6 +66,20 @@ def open_datasets(recipe: Recipe, limit: int | None, cache: Path | None) -> Data
     return Datasets(sources, classes)
 
 
+def numbered_classes(sources: Mapping[str, Samples], labels: Mapping[str, np.ndarray]) -> tuple[str, ...]:
+    """0, 1, 2, … where no source names its classes. Raises DataError for a number that no image has: a slip, mostly."""
+    name = max(labels, key=lambda name: int(labels[name].max()))
+    seen = np.unique(np.concatenate(list(labels.values())))
+    missing = np.setdiff1d(np.arange(seen[-1]), seen)
+    if len(missing):
+        raise DataError(
+            f"data.{name}: expected labels without gaps, got {seen[-1]} for "
+            f"{sources[name].where(int(labels[name].argmax()))} and none for {missing[0]}; correct the label, or name "
+            f"the classes of the sources by classes: FILE"
+        )
+    return tuple(str(label) for label in range(len(seen)))
+
+
 def class_names(sources: Mapping[str, Samples]) -> tuple[str, ...]:
     """The class names on which all labeled sources agree; numbers as text where no source names them."""
     labels = {name: samples.labels for name, samples in sources.items() if samples.labels is not None}
@@ -75,8 +89,7 @@ def class_names(sources: Mapping[str, Samples]) -> tuple[str, ...]:
         for name, other in named.items():
             same_classes(classes, other, f"data.{first}", f"data.{name}")
     else:
-        highest = max(int(column.max()) for column in labels.values())
-        classes = tuple(str(label) for label in range(highest + 1))
+        classes = numbered_classes(sources, labels)
     for name, column in labels.items():
         beyond = np.flatnonzero(column >= len(classes))
         if len(beyond):

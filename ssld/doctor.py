@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from importlib import metadata
 
 from ssld import plugins
+from ssld.errors import SsldError
 from ssld.train import networks, selfcheck
 
 
@@ -39,6 +40,8 @@ def examine(device: str = "cpu") -> list[Finding]:
 def attempt(name: str, check: Callable[[str], str], device: str) -> Finding:
     try:
         return Finding(name, True, check(device))
+    except SsldError as error:
+        return Finding(name, False, str(error))
     except Exception as error:
         return Finding(name, False, f"{type(error).__name__}: {error}")
 
@@ -65,4 +68,8 @@ def threads(device: str) -> str:
 
 
 def installed(device: str) -> str:
-    return ", ".join(f"{len(plugins.find(kind))} {kind}" for kind in ("stages", "teachers", "students", "losses"))
+    """Every plug-in can be imported, and no two share a name."""
+    for kind in plugins.KINDS:
+        for found in plugins.find(kind):
+            plugins.load(kind, found.name)
+    return ", ".join(f"{len(plugins.find(kind))} {kind}" for kind in plugins.KINDS)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ssld.changes import Old, refusal, what_changed
 from ssld.environment import environment
-from ssld.errors import CheckpointError, Interrupted, RecipeError, StorageError
-from ssld.files import RunLock
+from ssld.errors import ChangedError, CheckpointError, Interrupted, RecipeError, SsldError, StorageError
+from ssld.files import RunLock, holder
 from ssld.graph import Node, Plan, make_plan
 from ssld.inputs import Inputs
 from ssld.journal import Journal
@@ -69,7 +70,10 @@ def status(out: str | Path | None = None) -> Overview:
     """Where a run stands: the newest under runs/ when `out` is left out."""
     directory = existing_run(out)
     recipe, options = RunDirectory(directory).recorded()
-    return overview(directory, make_plan(recipe, limit=options.limit))
+    found = overview(directory, make_plan(recipe, limit=options.limit))
+    working = holder(directory)
+    where = f"{directory}, in use by {working}" if working else str(directory)
+    return replace(found, remarks=(where, *found.remarks), running=working is not None)
 
 
 def overview(directory: Path, plan: Plan) -> Overview:
@@ -115,8 +119,11 @@ class Runner:
             journal = Journal(self.directory.path)
             try:
                 return self._run(journal, rerun, first)
-            except (Interrupted, StorageError) as error:
-                error.add_note(f"continue: ssld resume --out {shlex.quote(str(self.directory.path))}")
+            except SsldError as error:
+                if not isinstance(error, ChangedError):
+                    journal.detail(f"Error: {error}")
+                if isinstance(error, Interrupted | StorageError):
+                    error.add_note(f"continue: ssld resume --out {shlex.quote(str(self.directory.path))}")
                 raise
             finally:
                 journal.close()
@@ -153,19 +160,26 @@ class Runner:
 
     def _work(self, todo: list[Node], old: Old, journal: Journal) -> None:
         """Try everything once, set old results aside, run what is to do, and look at the test set."""
+        fresh = not self.directory.exists()
         if not old.nodes:
-            self._begin(journal)
+            self._begin()
         # paddle takes SIGTERM for itself when it is imported, so it comes before our own handlers
         from ssld.preflight import preflight
         from ssld.score import score_checkpoint
 
         with self.stop.listening():
-            preflight(todo, self.inputs, journal)
+            try:
+                preflight(todo, self.inputs, journal)
+            except SsldError:
+                if fresh:
+                    self.directory.forget()
+                raise
             self.stop.check("before anything was spent")
             if old.nodes:
                 # recorded first: a process that is killed while results move must not go on with the old recipe
-                self._begin(journal)
+                self._begin()
                 old.set_aside(self.directory, journal)
+            self._describe(journal)
             for node in todo:
                 self._run_stage(node, journal)
                 self.stop.check(f"after {node.name}, which is finished")
@@ -175,6 +189,10 @@ class Runner:
                     self.inputs.finished(last.name, journal), self.plan.data.test, self.options.device
                 )
                 self.directory.keep_tested(last, self.plan.data.test.identity, metrics)
+                journal.record("test", stage=last.name, **metrics)
+                journal.note(
+                    f"[{last.number} {last.name}] test " + " ".join(f"{k} {v:.4f}" for k, v in metrics.items())
+                )
 
     def _test_metrics(self) -> Mapping[str, float] | None:
         test = self.plan.data.test
@@ -183,9 +201,13 @@ class Runner:
     def _untested(self) -> bool:
         return self.plan.data.test is not None and self._test_metrics() is None
 
-    def _begin(self, journal: Journal) -> None:
+    def _begin(self) -> None:
+        self.directory.begin(dump(self.plan.recipe), self.options)
+
+    def _describe(self, journal: Journal) -> None:
+        """What is about to run, for the log."""
         text = dump(self.plan.recipe)
-        self.directory.begin(text, self.options)
+        journal.note(f"run {self.directory.path}")
         journal.detail(f"recipe\n{text}")
         for node in self.plan.nodes:
             journal.detail(f"{node.name}, resolved: {json.dumps(node.basis['settings'], sort_keys=True)}")
@@ -198,7 +220,7 @@ class Runner:
         journal.place = f"{node.number} {node.name}"
         settings, position = node.settings, self.plan.nodes.index(node) + 1
         journal.note(
-            f"[{journal.place}] stage {position} of {len(self.plan.nodes)}: {settings.kind} {settings.student.name}, "
+            f"[{journal.place}] {settings.kind} {settings.student.name} ({position} of {len(self.plan.nodes)} stages), "
             f"{node.samples} images, {node.steps} steps at {settings.resolution} px, lr {settings.learning_rate:.3g}"
             + (f", going on after step {reached.step}" if reached else "")
         )

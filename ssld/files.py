@@ -274,6 +274,22 @@ class RunLock:
         return BusyError(f"{self.run} is in use by {holder}; wait for it or choose another --out")
 
 
+def holder(run: Path) -> str | None:
+    """Who holds the lock of a run directory ("pid N on host H since T"), or None."""
+    path = run.resolve() / "run.lock"
+    # to open and close the file of a lock that this process holds would drop the lock
+    if path in _held:
+        return f"pid {os.getpid()}, which is this process"
+    try:
+        with path.open("rb") as file:
+            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return None
+    except (BlockingIOError, PermissionError):
+        return path.read_text(errors="replace").strip()
+    return None
+
+
 def _beside(path: Path, prefix: str) -> Path:
     return path.with_name(f"{prefix}{path.name}-{secrets.token_hex(4)}")
 

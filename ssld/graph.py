@@ -121,12 +121,10 @@ def resolve(recipe: Recipe, name: str, number: int, data: Datasets, earlier: Map
         parent=parent.settings if parent else None,
     )
     settings = with_network(recipe, name, settings.resolved(context), parent)
-    if settings.warmup_epochs > settings.epochs:
-        place = recipe.place(("stages", name, "warmup_epochs"))
-        raise RecipeError(
-            f"{place}: expected a warm-up within the {settings.epochs} epochs of the stage, got "
-            f"{settings.warmup_epochs:g}; lower it, or raise epochs"
-        )
+    try:
+        settings.check(context)
+    except ValueError as error:
+        raise RecipeError(f"{recipe.place(('stages', name))}: {error}") from error
     pipelines = {part: pipeline(recipe, part, settings.resolution) for part in ("train", "eval")}
     basis = {
         "format": FORMAT,
@@ -182,7 +180,8 @@ def origins(recipe: Recipe, name: str, settings: TrainingSettings) -> dict[str, 
         try:
             found[key] = owner(kind, plugin)
         except RecipeError as error:
-            raise RecipeError(f"{recipe.place(('stages', name, key))}: {error}") from error
+            written = type(settings).model_fields[key].alias or key
+            raise RecipeError(f"{recipe.place(('stages', name, written))}: {error}") from error
     return found
 
 

@@ -46,7 +46,7 @@ def bar(console: Console) -> AbstractContextManager[Progress | None]:
     """A live bar on a terminal; nothing elsewhere, so that no control characters reach a file."""
     if not console.is_terminal:
         return nullcontext()
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), TextColumn("{task.fields[detail]}"))
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=10), TextColumn("{task.fields[detail]}"))
     return Progress(*columns, console=console, transient=True)
 
 
@@ -154,8 +154,8 @@ class StageLog:
     def _text(self, step: int, loss: float, rate: float, now: float) -> str:
         n = self._numbers(step, loss, rate, now)
         return (
-            f"epoch {n['epoch']:.2f} step {step}/{self.total} lr {rate:.3g} loss {loss:.4f} "
-            f"{n['images_per_second']:.0f} img/s data wait {n['data_wait']:.0%} eta {duration(n['eta_seconds'])}"
+            f"epoch {n['epoch']:.2f} step {step}/{self.total} eta {duration(n['eta_seconds'])} loss {loss:.4f} "
+            f"lr {rate:.3g} {n['images_per_second']:.0f} img/s data wait {n['data_wait']:.0%}"
         )
 
     def _show(self, text: str, step: int) -> None:

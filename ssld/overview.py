@@ -24,8 +24,8 @@ def shown(path: Path) -> str:
 class Overview:
     """A run directory beside its plan.
 
-    remarks: damage that was met; fresh: whether this call has run anything; test: the last stage's metrics on the test
-    set, where there is one.
+    remarks: what should be known besides; fresh: whether this call has run anything; test: the last stage's metrics on
+    the test set, where there is one; running: whether a process works in the directory.
     """
 
     directory: Path
@@ -33,6 +33,7 @@ class Overview:
     remarks: tuple[str, ...] = ()
     fresh: bool = False
     test: Mapping[str, float] | None = None
+    running: bool = False
 
     def table(self) -> Table:
         """Header and rows: what each stage has reached, its time, and where its checkpoint is."""
@@ -40,7 +41,7 @@ class Overview:
         rows = [
             (
                 f"{node.number} {node.name}",
-                STATES[status.kind],
+                "running" if node is self._at_work else STATES[status.kind],
                 *(f"{status.metrics[name]:.4f}" if name in status.metrics else "" for name in ("top1", "top5")),
                 duration(status.seconds) if status.checkpoint else "",
                 shown(status.checkpoint.path) if status.checkpoint else "",
@@ -51,6 +52,11 @@ class Overview:
             last = self.stages[-1][0].name
             rows.append((f"{last} on test", "", f"{self.test['top1']:.4f}", f"{self.test['top5']:.4f}", "", ""))
         return header, rows
+
+    @property
+    def _at_work(self) -> Node | None:
+        """The stage that a process in this directory is at: the first that is not done."""
+        return next((node for node, status in self.stages if status.kind != "done"), None) if self.running else None
 
     def forecast(self) -> Table:
         """Header and rows: what each stage would do, with every derived number, and why it would run."""

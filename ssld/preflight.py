@@ -11,7 +11,7 @@ from ssld.train import losses, networks
 
 
 def preflight(nodes: Sequence[Node], inputs: Inputs, journal: Journal) -> None:
-    """Try the device, and for each stage its network, loss, weights file, and teacher from outside of this run.
+    """Try the device, and for each stage its network, loss, weights file, and teacher where it is there already.
 
     Raises what the first of them raises: RecipeError, PluginError, CheckpointError, TeacherError or DataError.
     """
@@ -25,5 +25,6 @@ def preflight(nodes: Sequence[Node], inputs: Inputs, journal: Journal) -> None:
             networks.load(network, weights, networks.start_of(node.name, settings))
         if loss := getattr(settings, "loss", None):
             losses.named(loss)
-        if settings.taught_by is not None and settings.taught_by.stage is None:
+        # a stage that is still to run cannot be asked yet
+        if settings.taught_by is not None and settings.taught_by.stage not in {other.name for other in nodes}:
             inputs.teacher(node, journal)

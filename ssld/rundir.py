@@ -12,6 +12,7 @@ RUN/attempt.1/distill/        results that a later attempt set aside; no stage h
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -91,6 +92,11 @@ class RunDirectory:
         write_atomic(self.path / "run.json", (json.dumps(asdict(options), indent=1) + "\n").encode())
         write_atomic(self.path / "recipe.yaml", text.encode())
 
+    def forget(self) -> None:
+        """Take back `begin`: the run failed before anything was spent, and is no run to resume."""
+        for name in ("recipe.yaml", "run.json"):
+            (self.path / name).unlink(missing_ok=True)
+
     def recorded(self) -> tuple[recipe.Recipe, Options]:
         """The recipe and options with which this run began."""
         try:
@@ -110,7 +116,9 @@ class RunDirectory:
         if found is None:
             return Status("new", "not run yet")
         if found.state["fingerprint"] != node.fingerprint:
-            return Status("changed", "; ".join(recipe.differences(found.state["basis"], node.basis)), found)
+            return Status(
+                "changed", "; ".join(recipe.differences(brief(found.state["basis"]), brief(node.basis))), found
+            )
         if found.state["finished"]:
             return Status("done", "finished", found)
         return Status("resume", f"stopped after step {found.step} of {node.steps}", found)
@@ -175,6 +183,13 @@ class RunDirectory:
         for node in reversed(there):
             move(self.stage(node), target / node.name)
         return target, len(there)
+
+
+def brief(value: Any) -> Any:
+    """The same, with hashes cut to what a person compares."""
+    if isinstance(value, Mapping):
+        return {key: brief(item) for key, item in value.items()}
+    return f"{value[:8]}…" if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) else value
 
 
 def state_of(found: checkpoint.Checkpoint) -> State:

@@ -21,6 +21,10 @@ def score(path: Path, data: str, device: str = "cpu") -> tuple[int, dict[str, fl
     """
     if not path.is_dir():
         raise CheckpointError(f"{path}: expected a checkpoint or a stage directory of a run, got none; check the path")
+    if (path / "recipe.yaml").is_file():
+        raise CheckpointError(
+            f"{path}: expected a stage of the run, got the run itself; name one, as in {path}/finetune"
+        )
     steps = checkpoint.steps(path)
     found = checkpoint.load(checkpoint.directory(path, steps[-1]) if steps else path)
     samples = open_source(data, labeled=True)

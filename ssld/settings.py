@@ -144,7 +144,7 @@ class TrainingSettings(StageSettings):
     """L2 coefficient, added to the gradient of every parameter that its network does not exempt."""
     clip_norm: Annotated[float | None, Field(gt=0)] = None
     """Gradients are scaled down to this global norm; off when left out."""
-    resolution: Annotated[int, Field(ge=8)] = OPEN
+    resolution: Annotated[int, Field(ge=8, le=4096)] = OPEN
     """Side of the student's input in pixels; the recipe's when left out."""
     eval_interval: Annotated[int, Field(ge=1)] = 1
     """Epochs between two evaluations; the last epoch is always evaluated."""
@@ -177,6 +177,14 @@ class TrainingSettings(StageSettings):
             "warmup_epochs": min(5.0, self.epochs / 10),
             "resolution": context.resolution,
         }
+
+    def check(self, context: Context) -> None:
+        """Raise ValueError where resolved settings contradict each other or what they build on."""
+        if self.warmup_epochs > self.epochs:
+            raise ValueError(
+                f"expected a warm-up within the {self.epochs} epochs of the stage, got warmup_epochs: "
+                f"{self.warmup_epochs:g}; lower it, or raise epochs"
+            )
 
     def resolved(self, context: Context) -> Self:
         """The same settings with every open key filled in."""

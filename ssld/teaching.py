@@ -100,6 +100,6 @@ def expect_better_than_chance(quality: Quality, who: str) -> None:
     """Raise TeacherError when the teacher cannot be told from one that always gives the same answer."""
     if quality.low <= quality.chance:
         raise TeacherError(
-            f"{who}: expected better than chance, got {quality}; check its weights, its class order and its mean and "
-            f"std, or give --trust-teacher"
+            f"{who}: expected better than chance, got {quality}; check its weights, class order, mean and std, or the "
+            f"epochs and learning rate of its stage, or go on with ssld run --trust-teacher"
         )

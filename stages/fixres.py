@@ -31,6 +31,14 @@ class Fixres(TrainingSettings):
         higher = max(round(context.resolution * 320 / 224 / 8) * 8, context.resolution + 8)
         return {**super().derived(context), "resolution": higher, "warmup_epochs": 0.0}
 
+    def check(self, context: Context) -> None:
+        super().check(context)
+        if self.resolution <= context.resolution:
+            raise ValueError(
+                f"expected a resolution above the {context.resolution} px at which the student was trained, got "
+                f"{self.resolution}; raise it, or leave it out"
+            )
+
 
 def run(task: Task[Fixres]) -> Outcome:
     """Minimize the cross-entropy with the labels over the classifier's weights."""

@@ -90,7 +90,7 @@ def _samples(
             if len(damaged) > max_damaged:
                 raise DataError(
                     f"{source.name}: expected at most {max_damaged} damaged images, got {len(damaged)}: "
-                    f"{'; '.join(damaged[-3:])}; mend or remove them, or allow more"
+                    f"{'; '.join(damaged[-3:])}; repair or remove them, or allow more by --max-damaged"
                 ) from image
         else:
             label = {} if source.labels is None else {"cls": b"%d" % source.labels[i - 1]}

@@ -26,7 +26,7 @@ Operators = Annotated[
 class Images(Frozen):
     """How images are prepared; the defaults are PaddleClas's for ImageNet."""
 
-    resolution: Annotated[int, Field(ge=8)] = 224
+    resolution: Annotated[int, Field(ge=8, le=4096)] = 224
     """Side of the student's input in pixels."""
     train: Operators = Field(default=["RandCropImage", "RandFlipImage", "NormalizeImage"], validate_default=True)
     """Operators of a training view, in order."""

@@ -107,6 +107,11 @@ def _own_threads() -> Iterator[None]:
 
 
 def _compare(logits: np.ndarray, expected: np.ndarray, layer: nn.Layer) -> None:
+    if not np.isfinite(expected).all():
+        raise DataError(
+            f"expected finite logits of {type(layer).__name__}, got NaN or infinity: its weights have diverged; lower "
+            f"learning_rate, or set clip_norm"
+        )
     off = float(np.abs(logits - expected).max())
     limit = TOLERANCE * max(1.0, float(np.abs(expected).max()))
     if not off <= limit:

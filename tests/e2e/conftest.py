@@ -142,7 +142,8 @@ class Command:
         """Wait until this process has begun the stage, as the log of the run says."""
         log = run / "train.log"
         before = log.read_text() if log.is_file() else ""
-        self.until(lambda: log.is_file() and f" {stage}] stage " in log.read_text()[len(before) :], process)
+        begun = re.compile(rf" {stage}\] .* of \d+ stages\), ")
+        self.until(lambda: log.is_file() and begun.search(log.read_text()[len(before) :]), process)
 
     @staticmethod
     def weights(run: Path) -> dict[str, str]:

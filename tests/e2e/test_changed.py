@@ -63,7 +63,7 @@ def test_comments_order_and_layout_are_no_change(ssld, finished):
 
 def test_another_limit_is_named(ssld, finished):
     refused = ssld("run", "tiny.yaml", "--limit", "20", code=78)
-    assert "--limit: None → 20" in refused.err
+    assert "--limit: not given → 20" in refused.err
 
 
 def test_changed_data_are_named(ssld, photos):

@@ -166,7 +166,7 @@ def test_a_terminal_sees_a_live_display_and_standard_output_stays_plain(ssld):
     os.close(controller)
     assert process.wait(60) == 0
     assert b"\x1b[" in shown
-    assert re.search(rb"step \d+/12 lr", shown), shown
+    assert re.search(rb"step \d+/12 eta", shown), shown
     table = process.stdout.read()
     assert "0 teach" in table
     assert "\x1b" not in table

@@ -37,7 +37,7 @@ def test_a_run_takes_every_kind_of_source(ssld, photos, listed, kinds):
     overrides = [word for key, value in values.items() for word in ("-o", f"{key}={value}")]
     done = ssld("run", ssld.recipe("teach", "distill"), *overrides, "--limit", "40", "--trust-teacher")
     assert [row["state"] for row in done.table()] == ["finished", "finished"]
-    assert ["40 images, 5 steps" in line for line in done.err.splitlines() if "] stage " in line] == [True, True]
+    assert ["40 images, 5 steps" in line for line in done.err.splitlines() if " stages), " in line] == [True, True]
     assert "the teacher teach of distill: top-1 " in done.err
     assert "on 40 validation images" in done.err
 

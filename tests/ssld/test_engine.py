@@ -370,7 +370,7 @@ def test_a_stopped_stage_does_not_go_on_with_another_recipe(stages):
 
 def test_another_limit_is_a_change(stages):
     run(limit=12)
-    with pytest.raises(ChangedError, match=r"--limit: 12 → None"):
+    with pytest.raises(ChangedError, match=r"--limit: 12 → not given"):
         run()
 
 

@@ -230,13 +230,13 @@ def test_operators_that_enlarge_what_they_shrank_are_refused_at_their_place(plan
 
 def test_a_warm_up_longer_than_the_stage_is_refused_at_its_place(plan):
     message = (
-        r"recipe\.yaml:\d+:\d+: stages\.finetune\.warmup_epochs: expected a warm-up within the 30 epochs of the stage, "
-        r"got 30\.5; lower it, or raise epochs"
+        r"recipe\.yaml:\d+:\d+: stages\.finetune: expected a warm-up within the 30 epochs of the stage, "
+        r"got warmup_epochs: 30\.5; lower it, or raise epochs"
     )
     with pytest.raises(RecipeError, match=message) as caught:
         plan({"stages.finetune.warmup_epochs": 30.5})
     line = int(str(caught.value).split(":")[1])
-    assert "warmup_epochs" in plan.file.read_text().splitlines()[line - 1]
+    assert "finetune" in plan.file.read_text().splitlines()[line - 1]
     assert plan({"stages.finetune.warmup_epochs": 30}).node("finetune").settings.warmup_epochs == 30
 
 

@@ -113,7 +113,7 @@ def test_rates_and_the_time_that_is_left(journal, clock, tmp_path):
     assert event["images_per_second"] == 4.0
     assert event["data_wait"] == 0.25
     assert event["eta_seconds"] == 2 * (100 - 23)
-    assert "step 23/100 lr 0.1 loss 0.5000 4 img/s data wait 25% eta 2:34" in (tmp_path / "train.log").read_text()
+    assert "step 23/100 eta 2:34 loss 0.5000 lr 0.1 4 img/s data wait 25%" in (tmp_path / "train.log").read_text()
 
 
 def test_a_rate_is_that_of_the_time_since_the_last_line(journal, clock, tmp_path):

@@ -90,7 +90,7 @@ def test_good_recipe(tmp_path: Path) -> None:
         ("seed: 3", "seed: -1", f"3:1: seed: expected a whole number ≥ 0 and < {2**63}, got -1"),
         ("name: small", "name: a/b", "2:1: name: expected text of the form ^[a-z0-9_-]+$, got 'a/b'"),
         ("name: small\n", "", "1:1: name: required key is missing, expected text of the form ^[a-z0-9_-]+$"),
-        ("resolution: 32", "resolution: 4", "4:10: images.resolution: expected a whole number ≥ 8, got 4"),
+        ("resolution: 32", "resolution: 4", "4:10: images.resolution: expected a whole number ≥ 8 and ≤ 4096, got 4"),
         ("0.1}", "1}", "8:16: data.validation.split: expected a number > 0 and < 1, got 1"),
         ("list: train", "lists: train", "7:13: data.labeled.lists: unknown key, did you mean list? (got 'train.txt')"),
         ("list: train", "folder: train", "7:3: data.labeled: expected root only beside list, got it beside folder"),
