@@ -583,6 +583,15 @@ def test_a_teacher_that_cannot_be_loaded_stops_the_run_before_the_first_stage(st
     assert stages.tasks == []
 
 
+def test_a_start_that_fails_leaves_no_run_to_resume(stages):
+    with pytest.raises(RecipeError, match="num_layers: unknown option"):
+        run({"stages.distill.student": {"name": STUDENT, "num_layers": 3}})
+    with pytest.raises(RecipeError, match="expected a run"):
+        engine.resume()
+    assert "Error: student" in log()
+    assert run().fresh
+
+
 def test_a_gpu_that_is_not_there_stops_the_run(stages, monkeypatch):
     monkeypatch.setattr(paddle.device, "is_compiled_with_cuda", lambda: False)
     with pytest.raises(RecipeError, match="--device gpu: expected a paddle built with CUDA"):

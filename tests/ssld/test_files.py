@@ -329,6 +329,23 @@ def test_the_lock_names_its_holder_and_is_free_after_kill(tmp_path: Path) -> Non
     assert names(tmp_path) == ["run.lock"]
 
 
+def test_who_holds_the_lock_can_be_asked_without_taking_or_dropping_it(tmp_path: Path) -> None:
+    assert files.holder(tmp_path) is None
+    with process(HOLD, tmp_path) as other:
+        assert line(other) == "held"
+        for _ in range(2):
+            assert str(files.holder(tmp_path)).startswith(f"pid {other.pid} on host ")
+        with pytest.raises(BusyError), files.RunLock(tmp_path):
+            pytest.fail("two holders")
+        other.send_signal(signal.SIGKILL)
+        other.wait()
+    assert files.holder(tmp_path) is None
+    with files.RunLock(tmp_path):
+        assert files.holder(tmp_path) == f"pid {os.getpid()}, which is this process"
+        with process(HOLD, tmp_path) as other:
+            assert "is in use by" in line(other)
+
+
 def test_the_lock_is_released_at_the_end_of_the_block(tmp_path: Path) -> None:
     for _ in range(2):
         with files.RunLock(tmp_path):

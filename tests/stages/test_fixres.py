@@ -87,3 +87,12 @@ def test_the_rate_is_that_of_fixres_without_a_warmup():
     resolved = settings(batch_size=512).resolved(Context(resolution=224, samples=9))
     assert resolved.learning_rate == pytest.approx(0.008)  # 0.001 * 8 at 512 images
     assert (resolved.warmup_epochs, resolved.weight_decay) == (0, 1e-4)
+
+
+@pytest.mark.parametrize("resolution", [8, 32])
+def test_the_resolution_goes_up(resolution):
+    context = Context(resolution=32, samples=9)
+    with pytest.raises(ValueError, match=rf"expected a resolution above the 32 px .*, got {resolution}; raise it"):
+        settings(resolution=resolution).resolved(context).check(context)
+    settings(resolution=40).resolved(context).check(context)
+    settings().resolved(context).check(context)

@@ -81,6 +81,13 @@ def test_the_bits_do_not_depend_on_threads(layer, frozen):
     np.testing.assert_array_equal(Frozen(layer, SIZE, threads=2)(images(16)), frozen(images(16)))
 
 
+def test_weights_that_have_diverged_are_said_to_have(layer):
+    broken = network(seed=3)
+    next(iter(broken.parameters())).set_value(next(iter(broken.parameters())) * float("inf"))
+    with pytest.raises(DataError, match=r"expected finite logits .* its weights have diverged; lower learning_rate"):
+        Frozen(broken, SIZE)(images(2))
+
+
 def test_any_memory_layout_is_taken(frozen):
     batch = images(4)
     turned = np.ascontiguousarray(batch.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
