@@ -11,10 +11,10 @@ from pathlib import Path
 from ssld.changes import Old, refusal, what_changed
 from ssld.environment import environment
 from ssld.errors import ChangedError, CheckpointError, Interrupted, RecipeError, SsldError, StorageError
-from ssld.files import RunLock, holder
 from ssld.graph import Node, Plan, make_plan
 from ssld.inputs import Inputs
 from ssld.journal import Journal
+from ssld.lock import RunLock, holder
 from ssld.overview import Overview
 from ssld.recipe import Recipe, differences, dump, read_recipe
 from ssld.rundir import Options, RunDirectory, Status

@@ -12,19 +12,16 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
 import secrets
 import shutil
-import socket
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from datetime import datetime
 from pathlib import Path
 
-from ssld.errors import BusyError, CheckpointError, OutputError, SsldError, StorageError
+from ssld.errors import CheckpointError, OutputError, SsldError, StorageError
 
 MANIFEST = "manifest.json"
 _LITTER = (".tmp-", ".del-")
@@ -32,8 +29,6 @@ _WAITING = ".new-"
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _OBSTRUCTED = {errno.EEXIST, errno.ENOTDIR}
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, *_OBSTRUCTED}
-
-_held: set[Path] = set()
 
 
 class Disk:
@@ -94,7 +89,7 @@ def write_atomic(path: Path, data: bytes) -> None:
     Raises OutputError or StorageError; the old content is then still there.
     """
     temporary = _beside(path, ".tmp-")
-    with _reported(path, len(data), temporary):
+    with reported(path, len(data), temporary):
         _make(path.parent)
         disk.write(temporary, data)
         disk.fsync(temporary)
@@ -105,7 +100,7 @@ def write_atomic(path: Path, data: bytes) -> None:
 def link_atomic(path: Path, target: str) -> None:
     """Point the symbolic link at the target, a name beside it; there is no instant without the link."""
     temporary = _beside(path, ".tmp-")
-    with _reported(path, 0, temporary):
+    with reported(path, 0, temporary):
         disk.symlink(target, temporary)
         disk.replace(temporary, path)
         _sync_directory(path.parent)
@@ -119,7 +114,7 @@ def commit_directory(final: Path, files: Mapping[str, bytes]) -> Committed:
     temporary = _beside(final, ".tmp-")
     entries = {name: Entry.of(data) for name, data in files.items()}
     contents = {**files, MANIFEST: _manifest(entries)}
-    with _reported(final, sum(map(len, contents.values())), temporary):
+    with reported(final, sum(map(len, contents.values())), temporary):
         _make(final.parent)
         disk.mkdir(temporary)
         for name, data in contents.items():
@@ -132,7 +127,7 @@ def commit_directory(final: Path, files: Mapping[str, bytes]) -> Committed:
 
 def discard(directory: Path) -> None:
     """Remove a committed directory; it is gone as a whole before the first of its files is."""
-    with _reported(directory, 0):
+    with reported(directory, 0):
         for place in (directory, _waiting(directory)):
             if place.is_dir():
                 doomed = _beside(directory, ".del-")
@@ -143,7 +138,7 @@ def discard(directory: Path) -> None:
 
 def move(source: Path, target: Path) -> None:
     """Rename a file or a directory, durably; the target's parent is made where it is missing."""
-    with _reported(target, 0):
+    with reported(target, 0):
         _make(target.parent)
         disk.rename(source, target)
         _sync_directory(target.parent)
@@ -156,7 +151,7 @@ def sweep(root: Path, depth: int) -> list[Path]:
     depth: so many levels of folders, 1 for the root's own entries alone.
     """
     removed = []
-    with _reported(root, 0):
+    with reported(root, 0):
         for parent, folders, names in os.walk(root):
             if len(Path(parent).relative_to(root).parts) >= depth:
                 folders.clear()
@@ -177,7 +172,7 @@ def writable(directory: Path) -> None:
     Raises OutputError that says why not; StorageError where the disk is full or failing.
     """
     probe = _beside(directory / "probe", ".tmp-")
-    with _reported(directory, 1, probe):
+    with reported(directory, 1, probe):
         _make(directory)
         disk.write(probe, b"\n")
         disk.fsync(probe)
@@ -227,67 +222,6 @@ def verify(directory: Path) -> Committed:
     for name in committed.entries:
         committed.read(name)
     return committed
-
-
-class RunLock:
-    """Holds a run directory for this process: `with RunLock(run):`. Raises BusyError naming the process that has it.
-
-    The kernel drops the lock with the process, however that ends; the file `lock` stays. A lock of this kind (lockf,
-    not flock) is not kept alive by forked children, but it is lost when this process closes any descriptor of the
-    file: nothing else may open it.
-    """
-
-    def __init__(self, run: Path) -> None:
-        self.run = run
-        self.path = run.resolve() / "run.lock"
-
-    def __enter__(self) -> RunLock:
-        # the kernel grants a process what it holds already, and closing the second descriptor would drop the first
-        if self.path in _held:
-            raise self._busy(f"pid {os.getpid()}, which is this process")
-        with _reported(self.path, 0):
-            self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
-            try:
-                self._acquire()
-            except (OSError, BusyError):
-                os.close(self.descriptor)
-                raise
-        _held.add(self.path)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        _held.discard(self.path)
-        os.close(self.descriptor)
-
-    def _acquire(self) -> None:
-        try:
-            fcntl.lockf(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
-            holder = os.pread(self.descriptor, 4096, 0).decode(errors="replace").strip()
-            raise self._busy(holder or "another process") from error
-        since = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
-        line = f"pid {os.getpid()} on host {socket.gethostname()} since {since}\n".encode()
-        os.pwrite(self.descriptor, line, 0)
-        os.ftruncate(self.descriptor, len(line))
-
-    def _busy(self, holder: str) -> BusyError:
-        return BusyError(f"{self.run} is in use by {holder}; wait for it or choose another --out")
-
-
-def holder(run: Path) -> str | None:
-    """Who holds the lock of a run directory ("pid N on host H since T"), or None."""
-    path = run.resolve() / "run.lock"
-    # to open and close the file of a lock that this process holds would drop the lock
-    if path in _held:
-        return f"pid {os.getpid()}, which is this process"
-    try:
-        with path.open("rb") as file:
-            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return None
-    except (BlockingIOError, PermissionError):
-        return path.read_text(errors="replace").strip()
-    return None
 
 
 def _beside(path: Path, prefix: str) -> Path:
@@ -370,7 +304,7 @@ def _read(path: Path) -> bytes:
 
 
 @contextlib.contextmanager
-def _reported(target: Path, needed: int, temporary: Path | None = None) -> Iterator[None]:
+def reported(target: Path, needed: int, temporary: Path | None = None) -> Iterator[None]:
     """Turn an OSError into one of ours, after the temporary file or directory was removed to give its space back."""
     try:
         yield

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from ssld import files
+from ssld import files, lock
 from ssld.errors import BusyError, CheckpointError, OutputError, SsldError, StorageError
 
 Operation = tuple[str, tuple[Any, ...]]
@@ -27,7 +27,7 @@ HOLD = """
 import sys
 from pathlib import Path
 from ssld.errors import BusyError
-from ssld.files import RunLock
+from ssld.lock import RunLock
 try:
     with RunLock(Path(sys.argv[1])):
         print("held", flush=True)
@@ -39,7 +39,7 @@ except BusyError as error:
 HOLD_WITH_ORPHAN = """
 import os, sys, time
 from pathlib import Path
-from ssld.files import RunLock
+from ssld.lock import RunLock
 with RunLock(Path(sys.argv[1])):
     child = os.fork()
     if child == 0:
@@ -318,37 +318,37 @@ def test_the_lock_names_its_holder_and_is_free_after_kill(tmp_path: Path) -> Non
         for _ in range(2):
             with (
                 pytest.raises(BusyError, match=f"in use by pid {holder.pid} on host {socket.gethostname()} since 20"),
-                files.RunLock(tmp_path),
+                lock.RunLock(tmp_path),
             ):
                 pytest.fail("two holders")
         assert len(os.listdir("/dev/fd")) == descriptors
         holder.send_signal(signal.SIGKILL)
         holder.wait()
-        with files.RunLock(tmp_path):
+        with lock.RunLock(tmp_path):
             assert (tmp_path / "run.lock").read_text().startswith(f"pid {os.getpid()} ")
     assert names(tmp_path) == ["run.lock"]
 
 
 def test_who_holds_the_lock_can_be_asked_without_taking_or_dropping_it(tmp_path: Path) -> None:
-    assert files.holder(tmp_path) is None
+    assert lock.holder(tmp_path) is None
     with process(HOLD, tmp_path) as other:
         assert line(other) == "held"
         for _ in range(2):
-            assert str(files.holder(tmp_path)).startswith(f"pid {other.pid} on host ")
-        with pytest.raises(BusyError), files.RunLock(tmp_path):
+            assert str(lock.holder(tmp_path)).startswith(f"pid {other.pid} on host ")
+        with pytest.raises(BusyError), lock.RunLock(tmp_path):
             pytest.fail("two holders")
         other.send_signal(signal.SIGKILL)
         other.wait()
-    assert files.holder(tmp_path) is None
-    with files.RunLock(tmp_path):
-        assert files.holder(tmp_path) == f"pid {os.getpid()}, which is this process"
+    assert lock.holder(tmp_path) is None
+    with lock.RunLock(tmp_path):
+        assert lock.holder(tmp_path) == f"pid {os.getpid()}, which is this process"
         with process(HOLD, tmp_path) as other:
             assert "is in use by" in line(other)
 
 
 def test_the_lock_is_released_at_the_end_of_the_block(tmp_path: Path) -> None:
     for _ in range(2):
-        with files.RunLock(tmp_path):
+        with lock.RunLock(tmp_path):
             pass
     with process(HOLD, tmp_path) as other:
         assert line(other) == "held"
@@ -358,10 +358,10 @@ def test_the_lock_is_released_at_the_end_of_the_block(tmp_path: Path) -> None:
 def test_a_second_attempt_in_the_same_process_does_not_drop_the_lock(
     tmp_path: Path, spelling: Callable[[Path], Path]
 ) -> None:
-    with files.RunLock(tmp_path):
+    with lock.RunLock(tmp_path):
         with (
             pytest.raises(BusyError, match=f"pid {os.getpid()}, which is this process"),
-            files.RunLock(spelling(tmp_path)),
+            lock.RunLock(spelling(tmp_path)),
         ):
             pytest.fail("two holders")
         with process(HOLD, tmp_path) as other:
@@ -376,7 +376,7 @@ def test_an_orphaned_child_does_not_keep_the_lock(tmp_path: Path) -> None:
             holder.kill()
             holder.wait()
             os.kill(orphan, 0)
-            with files.RunLock(tmp_path):
+            with lock.RunLock(tmp_path):
                 pass
         finally:
             os.kill(orphan, signal.SIGKILL)
@@ -384,5 +384,5 @@ def test_an_orphaned_child_does_not_keep_the_lock(tmp_path: Path) -> None:
 
 def test_the_lock_needs_a_directory(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(OutputError, match="a file is where a directory is needed"), files.RunLock(tmp_path / "file"):
+    with pytest.raises(OutputError, match="a file is where a directory is needed"), lock.RunLock(tmp_path / "file"):
         pytest.fail("locked a file")
