@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,9 @@ from ssld.data.sources import open_source
 from ssld.data.transforms import Pipeline
 from ssld.journal import Journal
 from ssld.settings import Context
+
+# a shell that starts the suite in the background makes it ignore Ctrl-C, and so everything that it tests
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 RESOLUTION = 16
 TRAIN = Pipeline.read([{"RandCropImage": {"scale": [0.5, 1.0]}}, "RandFlipImage", "NormalizeImage"], RESOLUTION)
