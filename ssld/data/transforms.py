@@ -134,12 +134,8 @@ class ResizeImage(Operator):
         return round(image.width * self.resize_short / short), round(image.height * self.resize_short / short)
 
 
-class CropImage(Operator):
-    """The center `size` of the image, the resolution by default.
-
-    An image that is smaller than that is first enlarged, keeping its shape, until the crop just fits; PaddleClas
-    would return the small image.
-    """
+class Crop(Operator):
+    """What both crops have in common: they end at `size`, the resolution by default."""
 
     size: Size | None = None
 
@@ -150,6 +146,14 @@ class CropImage(Operator):
     @property
     def target(self) -> tuple[int, int] | None:
         return self.size
+
+
+class CropImage(Crop):
+    """The center `size` of the image, the resolution by default.
+
+    An image that is smaller than that is first enlarged, keeping its shape, until the crop just fits; PaddleClas
+    would return the small image.
+    """
 
     def apply(self, image: Image.Image, drawn: tuple[int, ...]) -> Image.Image:
         assert self.size is not None, "sizes are filled in by at()"
@@ -162,24 +166,15 @@ class CropImage(Operator):
         return image.crop((left, top, left + width, top + height))
 
 
-class RandCropImage(Operator):
+class RandCropImage(Crop):
     """A random part of the image, resized to `size`, the resolution by default (ppcls/data/preprocess/ops).
 
     scale: the part's share of the area; ratio: its width over its height. Both are cut to what fits the image.
     """
 
-    size: Size | None = None
     scale: Annotated[tuple[Share, Share], AfterValidator(_ascending)] = (0.08, 1.0)
     ratio: Annotated[tuple[Positive, Positive], AfterValidator(_ascending)] = (3 / 4, 4 / 3)
     interpolation: Interpolation = "bilinear"
-
-    def at(self, base: int, resolution: int) -> Self:
-        size = (resolution, resolution) if self.size is None else _scaled(self.size, base, resolution)
-        return self.model_copy(update={"size": size})
-
-    @property
-    def target(self) -> tuple[int, int] | None:
-        return self.size
 
     def draw(self, width: int, height: int, rng: np.random.Generator) -> tuple[int, ...]:
         """(left, top, width, height) of the part, in pixels of the source."""
