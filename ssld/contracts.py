@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, runtime_check
 import numpy as np
 
 if TYPE_CHECKING:
+    from ssld.data.loader import Batch, Replay
     from ssld.data.samples import Samples
     from ssld.data.transforms import Pipeline
     from ssld.journal import Journal
@@ -27,6 +28,8 @@ class TeacherSpec:
     classes: the class names in the order of its logits, or None where it does not know them.
     resize_short: shorter side in pixels before the center crop; None for the recipe's own eval operators.
     mean, std: per channel (R, G, B), for pixels in [0, 1]; both None for a teacher that wants the pixels as they are.
+    precision: of its arithmetic; another one gives other labels, so it counts as another teacher.
+    engine: what computes, and its version, for messages and for the header of label files.
     """
 
     size: int
@@ -35,6 +38,8 @@ class TeacherSpec:
     resize_short: int | None = None
     mean: tuple[float, float, float] | None = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] | None = (0.229, 0.224, 0.225)
+    precision: str = "float32"
+    engine: str = ""
 
     def __post_init__(self) -> None:
         """A list of class names becomes a tuple. Raises ValueError for what no image can be rendered to."""
@@ -61,6 +66,42 @@ class Teacher(Protocol):
         images: float32 [B, 3, size, size], normalized by the spec's mean and std; or, where the spec has none,
         uint8 [B, size, size, 3] in [0, 255], RGB.
         """
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Soft:
+    """Soft labels of a batch: what a teacher says of K classes of each sample, and of all others together.
+
+    ids: int64 [B, K], K distinct classes; None where `logits` has all C classes in their order.
+    logits: float32 [B, K + 1], the last column for the rest of the classes together; [B, C] where ids is None.
+    The teacher's probabilities are softmax(logits / temperature).
+    """
+
+    ids: np.ndarray | None
+    logits: np.ndarray
+    temperature: float = 1.0
+
+
+class SoftLabels(Protocol):
+    """Where the soft labels of a stage come from: a teacher that is asked in every step, or a store."""
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of all teachers and, of a store, of its files: other labels would give other weights."""
+        ...
+
+    @property
+    def replay(self) -> Replay | None:
+        """The views for which there are labels; None where every view can be had."""
+        ...
+
+    def pipelines(self, student: Pipeline) -> tuple[Pipeline, ...]:
+        """The renderings of the student's view that `of` needs in a batch after the student's own."""
+        ...
+
+    def of(self, batch: Batch) -> Soft:
+        """The soft labels of a batch."""
         ...
 
 

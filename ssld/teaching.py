@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from ssld.contracts import Teacher, TeacherSpec
+from ssld.contracts import Arrays, Teacher, TeacherSpec
 from ssld.data.loader import Damage, evaluation_batches
 from ssld.data.samples import Samples, same_classes
 from ssld.data.transforms import Pipeline, center, normalize
@@ -35,6 +38,36 @@ class Quality:
             f"top-1 {self.accuracy:.3f} ({self.low:.3f} to {self.high:.3f}) on {self.images} validation images, "
             f"chance {self.chance:.3f}"
         )
+
+
+@dataclass(eq=False)
+class Deferred:
+    """A teacher that is loaded when it is first asked, so that `ssld plan` may know its spec and needs no paddle.
+
+    load: returns the function from images to logits, both as Teacher.predict has them.
+    """
+
+    spec: TeacherSpec
+    load: Callable[[], Callable[[np.ndarray], np.ndarray]]
+    _loaded: Callable[[np.ndarray], np.ndarray] | None = None
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def predict(self, images: np.ndarray) -> np.ndarray:
+        """Logits, float32 [B, classes]."""
+        with self._lock:
+            if self._loaded is None:
+                self._loaded = self.load()
+        return self._loaded(images)
+
+
+def fingerprint(weights: Arrays) -> str:
+    """sha256 over the names, shapes and values of all weights."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        array = np.ascontiguousarray(weights[name])
+        digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
 
 
 def prepare(images: np.ndarray, spec: TeacherSpec) -> np.ndarray:
