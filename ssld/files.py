@@ -17,6 +17,7 @@ import json
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ _LITTER = (".tmp-", ".del-")
 _WAITING = ".new-"
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _OBSTRUCTED = {errno.EEXIST, errno.ENOTDIR}
+_LINKLESS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, *_OBSTRUCTED}
 
 
@@ -64,8 +66,12 @@ class Disk:
         """Create a symbolic link at the path."""
         path.symlink_to(target)
 
+    def link(self, old: Path, new: Path) -> None:
+        """Give the file a second name; there must be nothing at it."""
+        os.link(old, new)
+
     def rename(self, old: Path, new: Path) -> None:
-        """Rename a directory; there must be nothing at the new name."""
+        """Rename a file or a directory; there must be nothing at the new name."""
         old.rename(new)
 
     def replace(self, old: Path, new: Path) -> None:
@@ -95,6 +101,23 @@ def write_atomic(path: Path, data: bytes) -> None:
         disk.fsync(temporary)
         disk.replace(temporary, path)
         _sync_directory(path.parent)
+
+
+def commit_exclusive(path: Path, data: bytes, needed: int | None = None) -> bool:
+    """Write one file durably unless there is something at its name: of several processes, the first to end wins.
+
+    needed: bytes, for the message of a full disk; of the data when left out. Returns False, and changes nothing, when
+    another was first. On a file system without hard links, two that end at the same instant may both be told True,
+    and the file of one of them stays. Raises OutputError or StorageError.
+    """
+    temporary = _beside(path, ".tmp-")
+    with reported(path, len(data) if needed is None else needed, temporary):
+        _make(path.parent)
+        disk.write(temporary, data)
+        disk.fsync(temporary)
+        first = _claim(temporary, path)
+        _sync_directory(path.parent)
+    return first
 
 
 def link_atomic(path: Path, target: str) -> None:
@@ -166,6 +189,22 @@ def sweep(root: Path, depth: int) -> list[Path]:
     return removed
 
 
+def sweep_old(directory: Path, seconds: float) -> list[Path]:
+    """Clear up in a directory that several processes write without a lock, and return what was removed.
+
+    seconds: since its last change; so long that whoever writes a file is surely done, or dead.
+    """
+    removed = []
+    with reported(directory, 0):
+        for path in sorted(directory.glob(".tmp-*")):
+            # its writer may be done, or another process sweep here too, between any two of these calls
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - path.lstat().st_mtime > seconds:
+                    disk.remove(path)
+                    removed.append(path)
+    return removed
+
+
 def writable(directory: Path) -> None:
     """Create the directory and prove, before anything is spent, that a file in it can be written and made durable.
 
@@ -226,6 +265,25 @@ def verify(directory: Path) -> Committed:
 
 def _beside(path: Path, prefix: str) -> Path:
     return path.with_name(f"{prefix}{path.name}-{secrets.token_hex(4)}")
+
+
+def _claim(temporary: Path, final: Path) -> bool:
+    """Give a file its final name unless that is taken, and say which; its temporary name is gone in either case."""
+    try:
+        # a rename would replace what is there
+        disk.link(temporary, final)
+        first = True
+    except FileExistsError:
+        first = False
+    except OSError as error:
+        if error.errno not in _LINKLESS:
+            raise
+        first = not os.path.lexists(final)
+        if first:
+            disk.rename(temporary, final)
+            return True
+    disk.remove(temporary)
+    return first
 
 
 def _waiting(final: Path) -> Path:

@@ -10,7 +10,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -53,12 +56,16 @@ with RunLock(Path(sys.argv[1])):
 def fail(monkeypatch: pytest.MonkeyPatch, method: str, code: int) -> None:
     """Make one method of the disk raise an OSError from now on."""
 
+    disk = files.Disk()
+    setattr(disk, method, fail_with(code))
+    monkeypatch.setattr(files, "disk", disk)
+
+
+def fail_with(code: int) -> Callable[..., None]:
     def failing(*arguments: object) -> None:
         raise OSError(code, os.strerror(code), str(arguments[0]))
 
-    disk = files.Disk()
-    setattr(disk, method, failing)
-    monkeypatch.setattr(files, "disk", disk)
+    return failing
 
 
 def names(directory: Path) -> list[str]:
@@ -144,6 +151,75 @@ def test_link_atomic_moves_the_link(tmp_path: Path) -> None:
         files.link_atomic(tmp_path / "latest", target)
         assert os.readlink(tmp_path / "latest") == target
     assert names(tmp_path) == ["latest"]
+
+
+def test_of_two_exclusive_commits_the_first_wins(tmp_path: Path) -> None:
+    path = tmp_path / "store" / "labels"
+    assert [files.commit_exclusive(path, data) for data in (b"first", b"second")] == [True, False]
+    assert path.read_bytes() == b"first"
+    assert names(path.parent) == ["labels"]
+
+
+@pytest.mark.parametrize("linkless", [False, True])
+def test_an_exclusive_commit_touches_nothing_that_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, linkless: bool
+) -> None:
+    (tmp_path / "directory").mkdir()
+    (tmp_path / "dangling").symlink_to("nowhere")
+    if linkless:
+        fail(monkeypatch, "link", errno.EPERM)
+    assert not any(files.commit_exclusive(tmp_path / name, b"new") for name in names(tmp_path))
+    assert names(tmp_path) == ["dangling", "directory"]
+    assert os.readlink(tmp_path / "dangling") == "nowhere"
+
+
+def test_of_many_writers_at_once_one_is_told_that_it_won(tmp_path: Path) -> None:
+    for attempt in range(20):
+        path, start = tmp_path / str(attempt), threading.Barrier(8)
+
+        def commit(content: bytes, path: Path = path, start: threading.Barrier = start) -> tuple[bool, bytes]:
+            start.wait()
+            return files.commit_exclusive(path, content), content
+
+        with ThreadPoolExecutor(8) as pool:
+            winners = [content for won, content in pool.map(commit, [b"%d" % i * 1000 for i in range(8)]) if won]
+        assert winners == [path.read_bytes()]
+    assert len(names(tmp_path)) == 20
+
+
+@pytest.mark.parametrize("code", [errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK])
+def test_an_exclusive_commit_works_without_hard_links(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    fail(monkeypatch, "link", code)
+    assert [files.commit_exclusive(tmp_path / "labels", data) for data in (b"first", b"second")] == [True, False]
+    assert (tmp_path / "labels").read_bytes() == b"first"
+    assert names(tmp_path) == ["labels"]
+
+
+@pytest.mark.parametrize("method", ["write", "fsync", "link", "remove", "fsync_directory"])
+@pytest.mark.parametrize(("code", "kind"), [(errno.EIO, StorageError), (errno.EACCES, OutputError)])
+def test_a_failed_exclusive_commit_is_reported_and_leaves_nothing_or_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, code: int, kind: type[SsldError]
+) -> None:
+    path = tmp_path / "labels"
+    fail(monkeypatch, method, code)
+    with pytest.raises(kind, match=os.strerror(code)):
+        files.commit_exclusive(path, b"first")
+    committed = method in ("remove", "fsync_directory")
+    assert path.exists() == committed
+    assert len(names(tmp_path)) == committed + (method == "remove")
+    monkeypatch.setattr(files, "disk", files.Disk())
+    assert files.commit_exclusive(path, b"second") != committed
+    assert path.read_bytes() == (b"first" if committed else b"second")
+
+
+def test_an_exclusive_commit_says_what_the_caller_still_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fail(monkeypatch, "write", errno.ENOSPC)
+    with pytest.raises(StorageError, match=r"; 5 bytes are needed"):
+        files.commit_exclusive(tmp_path / "labels", b"first")
+    with pytest.raises(StorageError, match=r"; 123,456 bytes are needed"):
+        files.commit_exclusive(tmp_path / "labels", b"first", needed=123_456)
 
 
 def test_commit_directory_gives_back_what_verify_reads(tmp_path: Path) -> None:
@@ -250,6 +326,56 @@ def test_a_power_cut_leaves_the_old_or_the_new_and_an_acknowledged_commit_stays(
     assert violations([entry for entry in operations if entry[0] != "fsync_directory"], root, before) > 0
     aside = next(entry for entry in operations if entry[0] == "rename" and entry[1][0] == root / "final")
     assert violations([aside, *(entry for entry in operations if entry is not aside)], root, before) > 0
+
+
+@pytest.mark.parametrize("linkless", [False, True])
+def test_a_power_cut_leaves_all_of_an_exclusive_commit_or_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, linkless: bool
+) -> None:
+    path = tmp_path / "root" / "labels"
+    disk = Recorder()
+    monkeypatch.setattr(files, "disk", disk)
+    if linkless:
+        # a call that the system refuses changes nothing, so it is not recorded
+        monkeypatch.setattr(disk, "link", fail_with(errno.EPERM), raising=False)
+    assert files.commit_exclusive(path, b"the labels")
+
+    def broken(operations: Sequence[Operation]) -> int:
+        return sum(
+            after(survivors, path) not in ([b"the labels"] if acknowledged else [b"the labels", None])
+            for acknowledged, survivors in power_cuts(operations)
+        )
+
+    assert broken(disk.operations) == 0
+    assert broken([entry for entry in disk.operations if entry[0] != "fsync"]) > 0
+    assert broken([entry for entry in disk.operations if entry[0] != "fsync_directory"]) > 0
+
+
+def after(survivors: Iterable[Operation], path: Path) -> bytes | None:
+    """What is at the path when only these operations took place."""
+    shutil.rmtree(path.parent, ignore_errors=True)
+    for name, arguments in survivors:
+        if not name.startswith("fsync"):
+            getattr(files.Disk(), name)(*arguments)
+    return path.read_bytes() if path.exists() else None
+
+
+def test_sweep_old_removes_what_is_being_written_no_longer(tmp_path: Path) -> None:
+    for name, age in {".tmp-dead": 7200, ".tmp-alive": 60, "labels": 7200, ".del-other": 7200}.items():
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    assert files.sweep_old(tmp_path, 3600) == [tmp_path / ".tmp-dead"]
+    assert names(tmp_path) == [".del-other", ".tmp-alive", "labels"]
+    assert files.sweep_old(tmp_path / "missing", 3600) == []
+
+
+def test_sweep_old_takes_no_notice_of_who_was_faster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / ".tmp-done").touch()
+    fail(monkeypatch, "remove", errno.ENOENT)
+    assert files.sweep_old(tmp_path, -1) == []
+    fail(monkeypatch, "remove", errno.EIO)
+    with pytest.raises(StorageError, match=os.strerror(errno.EIO)):
+        files.sweep_old(tmp_path, -1)
 
 
 def test_sweep_removes_litter_at_any_depth_and_nothing_else(tmp_path: Path) -> None:
