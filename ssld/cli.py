@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 import ssld
-from ssld.errors import SsldError
+from ssld.errors import LabelError, SsldError
 
 RECIPE_OPTIONS = (
     click.argument("recipe"),
@@ -35,6 +35,18 @@ class Commands(click.Group):
         except KeyboardInterrupt:
             click.echo("Error: interrupted; nothing that was committed is lost", err=True)
             ctx.exit(128 + signal.SIGINT)
+
+
+class Part(click.ParamType):
+    """I/N, such as 3/10, with 1 <= I <= N."""
+
+    name = "I/N"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        number, slash, of = str(value).partition("/")
+        if not (slash and number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of)):
+            self.fail(f"expected I/N with I from 1 to N, such as 3/10, got {value!r}", param, ctx)
+        return int(number), int(of)
 
 
 def with_recipe(command: Callable[..., None]) -> Callable[..., None]:
@@ -120,6 +132,108 @@ def plan(recipe: str, out: Path | None, overrides: tuple[str, ...], limit: int |
     overview = ssld.plan(recipe, out, overrides=overrides, limit=limit)
     remark(overview)
     show(*overview.forecast())
+
+
+@main.command(short_help="Make the soft labels that a recipe keeps, without training.")
+@with_recipe
+@click.option("--out", type=click.Path(path_type=Path), help="The run directory; runs/NAME when left out.")
+@click.option("--stage", help="Of this stage only (number or name).")
+@click.option("--part", type=Part(), default="1/1", show_default=True, help="The I-th of N slices of the shards.")
+@click.option("--device", type=click.Choice(["cpu", "gpu"]), default="cpu", show_default=True)
+@click.option("--trust-teacher", is_flag=True, help="Go on with a teacher that is no better than chance.")
+def label(recipe: str, out: Path | None, overrides: tuple[str, ...], **options: Any) -> None:
+    """\b
+    Example, on the third of ten machines:
+      ssld label mine.yaml --part 3/10
+
+    Make the soft labels that a recipe keeps, without training. Any number of processes may work on one store.
+    """
+    from ssld.engine import label as make
+
+    done = make(recipe, out, overrides=overrides, **options)
+    rows = [(item.stage, item.who, str(item.written), str(item.missing), str(item.directory)) for item in done]
+    show(("stage", "teacher", "shards written", "missing", "labels"), rows)
+
+
+@main.group(short_help="Look at soft labels that are kept: info, verify, rm.")
+def labels() -> None:
+    """Look at soft labels that are kept."""
+
+
+@labels.command(short_help="Show what is kept: teacher, views, files, bytes.")
+@click.argument("place", type=click.Path(path_type=Path))
+def info(place: Path) -> None:
+    """\b
+    Example:
+      ssld labels info runs/mobilenetv3_ssld
+
+    Show what is kept at a place (a run, a store or one directory of label files): teacher, views, files, bytes.
+    """
+    from ssld.labels.inspect import kept_in
+    from ssld.wording import size
+
+    rows = []
+    for kept in kept_in(place):
+        made = next((header["made"] for _, header, _ in kept.headers() if header), {})
+        about = kept.about
+        pixels, steps = about["transform"]["size"], about["transform"]["steps"]
+        rows.append(
+            (
+                kept.directory.name,
+                str(made.get("teacher", "")),
+                str(made.get("engine", "")),
+                f"{pixels} px, {', '.join(name for step in steps for name in step)}",
+                str(about["views"]),
+                str(about["top_k"]),
+                f"{about['temperature']:g}",
+                str(len(kept.files)),
+                size(kept.bytes),
+            )
+        )
+    header = ("labels", "teacher", "engine", "views of", "views", "top-k", "temperature", "files", "size")
+    show(header, rows)
+
+
+@labels.command(short_help="Check every byte, and ask the teacher again about a sample.")
+@click.argument("place", type=click.Path(path_type=Path))
+@click.option("--run", type=click.Path(path_type=Path), help="A run that uses the labels; the one they lie in.")
+@click.option("--tolerance", type=float, default=1e-3, show_default=True, help="Largest mean KL divergence, in nats.")
+def verify(place: Path, run: Path | None, tolerance: float) -> None:
+    """\b
+    Example:
+      ssld labels verify runs/mobilenetv3_ssld
+
+    Check every byte of the label files, and ask the teacher again about a sample of 64 images.
+    """
+    from ssld.labels.inspect import kept_in
+    from ssld.verification import verify_all
+
+    rows, faults = verify_all(kept_in(place), run, tolerance, lambda line: click.echo(line, err=True))
+    show(("labels", "files", "images asked", "views", "same top-1", "KL", "largest difference"), rows)
+    if faults:
+        raise LabelError("\n  ".join([f"{len(faults)} faults:", *faults]))
+
+
+@labels.command(short_help="Remove soft labels.")
+@click.argument("place", type=click.Path(path_type=Path))
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def rm(place: Path, yes: bool) -> None:
+    """\b
+    Example:
+      ssld labels rm runs/mobilenetv3_ssld/labels.store/0123456789abcdef
+
+    Remove soft labels: one directory of them, or all of a store or a run.
+    """
+    from ssld.labels.inspect import kept_in, remove
+    from ssld.wording import size
+
+    found = kept_in(place)
+    total = sum(kept.bytes for kept in found)
+    if not yes:
+        click.confirm(f"remove {len(found)} directories of labels, {size(total)}, in {place}?", abort=True, err=True)
+    for kept in found:
+        remove(kept)
+    click.echo(f"removed {len(found)} directories of labels, {size(total)}")
 
 
 @main.command(short_help="Show where each stage of a run stands.")

@@ -88,7 +88,12 @@ class SoftLabels(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """A hash of all teachers and, of a store, of its files: other labels would give other weights."""
+        """A hash of all teachers and their weights."""
+        ...
+
+    @property
+    def files(self) -> str:
+        """A hash of the label files that are read, "" where there are none."""
         ...
 
     @property
@@ -103,6 +108,21 @@ class SoftLabels(Protocol):
     def of(self, batch: Batch) -> Soft:
         """The soft labels of a batch."""
         ...
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Images that the stage does not train on, and what its teacher says of them.
+
+    soft: the labels of the samples at some indices; teacher, chance: top-1 on validation images of the teacher, and of
+    the best constant answer; damage_budget: so many of the images may be unreadable.
+    """
+
+    samples: Samples
+    soft: Callable[[np.ndarray], Soft]
+    teacher: float
+    chance: float
+    damage_budget: int
 
 
 @dataclass(frozen=True)
@@ -149,7 +169,8 @@ class Task(Generic[S]):
     settings: resolved, an instance of the kind's own model; seed: already mixed with the stage's name.
     model: the network to train, with its classes and the pipeline of evaluation, at this stage's resolution.
     data: what the stage trains on; train: the pipeline of its views; validation: what every evaluation uses.
-    initial: the weights that `from` names, else None; teacher: checked, else None.
+    initial: the weights that `from` names, else None; soft: the teacher's labels of `data`, None without a teacher.
+    reference: on what the student is compared with its teacher at every evaluation, None without a teacher.
     damage_budget: so many images of `data` may be unreadable.
     resume: where a stopped run of this same stage was, else None.
     save(state): commits a checkpoint; `best` and `kept` in the state's facts say which earlier ones stay.
@@ -165,7 +186,8 @@ class Task(Generic[S]):
     validation: Samples
     train: Pipeline
     initial: Arrays | None
-    teacher: Teacher | None
+    soft: SoftLabels | None
+    reference: Reference | None
     resume: State | None
     damage_budget: int
     save: Callable[[State], None]

@@ -15,6 +15,11 @@ from ssld.recipe import Data, Recipe, Split
 
 # a pool of millions loses a few images; more than one in a thousand is a broken source
 POOL_DAMAGE = 1000
+# what is left of the pool, and what is held out of it
+POOL = ("unlabeled", "held out")
+# images of the pool on which student and teacher are compared: about so many, of a pool of any size
+COMPARED = 1000
+LARGEST_SHARE = 1 / 32
 # one split for all seeds of a recipe, so that they are measured on the same images
 SPLIT_SEED = 0
 
@@ -34,6 +39,11 @@ class Datasets:
     def test(self) -> Samples | None:
         return self.sources.get("test")
 
+    @property
+    def held_out(self) -> Samples:
+        """What no stage trains on: a part of the pool, or else the validation set."""
+        return self.sources.get("held out", self.validation)
+
     def named(self, names: tuple[str, ...]) -> Samples:
         """What a stage reads: one source, or several as one set."""
         parts = [self.sources[name] for name in names]
@@ -41,7 +51,9 @@ class Datasets:
 
     def damage_budget(self, names: tuple[str, ...]) -> int:
         """So many images of these sources may be unreadable: none that is labeled, one in a thousand of the pool."""
-        return -(-len(self.sources["unlabeled"]) // POOL_DAMAGE) if "unlabeled" in names else 0
+        return sum(
+            -(-len(self.sources[name]) // POOL_DAMAGE) for name in POOL if name in names and name in self.sources
+        )
 
 
 def open_datasets(recipe: Recipe, limit: int | None, cache: Path | None) -> Datasets:
@@ -63,7 +75,22 @@ def open_datasets(recipe: Recipe, limit: int | None, cache: Path | None) -> Data
     classes = class_names(sources)
     if limit is not None:
         sources = {name: samples.limited(limit) for name, samples in sources.items()}
+    if "unlabeled" in sources and any(stage.taught_by for stage in recipe.stages.values()):
+        rest, held_out = sources["unlabeled"].hold_out(held_out_share(len(sources["unlabeled"])))
+        sources |= {"unlabeled": rest, "held out": held_out} if len(held_out) else {}
     return Datasets(sources, classes)
+
+
+def held_out_share(images: int) -> float:
+    """A power of two, so that it changes, and with it the choice, only when a pool has doubled.
+
+    >>> held_out_share(1_000), held_out_share(1_000_000)
+    (0.03125, 0.0009765625)
+    """
+    share = LARGEST_SHARE
+    while share * images > COMPARED:
+        share /= 2
+    return share
 
 
 def numbered_classes(sources: Mapping[str, Samples], labels: Mapping[str, np.ndarray]) -> tuple[str, ...]:

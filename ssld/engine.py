@@ -11,14 +11,17 @@ from pathlib import Path
 from ssld.changes import Old, refusal, what_changed
 from ssld.environment import environment
 from ssld.errors import ChangedError, CheckpointError, Interrupted, RecipeError, SsldError, StorageError
+from ssld.forecast import label_forecasts
 from ssld.graph import Node, Plan, make_plan
 from ssld.inputs import Inputs
 from ssld.journal import Journal
 from ssld.lock import RunLock, holder
+from ssld.members import Members
 from ssld.overview import Overview
 from ssld.recipe import Recipe, differences, dump, read_recipe
 from ssld.rundir import Options, RunDirectory, Status
 from ssld.signals import Stop
+from ssld.soft import Labelled
 
 
 def run(
@@ -79,10 +82,58 @@ def status(out: str | Path | None = None) -> Overview:
 def overview(directory: Path, plan: Plan) -> Overview:
     """The plan beside what the directory holds."""
     remarks: list[str] = []
-    stages = tuple((node, RunDirectory(directory).status(node, remarks.append)) for node in plan.nodes)
+    run = RunDirectory(directory)
+    stages = tuple((node, run.status(node, remarks.append)) for node in plan.nodes)
     test, last = plan.data.test, plan.nodes[-1]
-    tested = None if test is None else RunDirectory(directory).tested(last, test.identity)
-    return Overview(directory, stages, tuple(remarks), test=tested)
+    tested = None if test is None else run.tested(last, test.identity)
+    members = Members(run, plan, Options(), lambda _: None)
+    waiting = {node.name for node, status in stages if status.kind != "done"}
+    labels = {node.name: label_forecasts(members, node, waiting) for node in plan.nodes if node.name in waiting}
+    return Overview(directory, stages, labels, tuple(remarks), test=tested)
+
+
+def label(
+    recipe: str | Path | Recipe,
+    out: str | Path | None = None,
+    *,
+    stage: str | int | None = None,
+    part: tuple[int, int] = (1, 1),
+    overrides: Sequence[str] = (),
+    device: str = "cpu",
+    limit: int | None = None,
+    trust_teacher: bool = False,
+) -> list[Labelled]:
+    """Make the soft labels that a recipe keeps, without training; several processes may do so at once.
+
+    stage: the number or name of one stage, all that keep labels when left out; part: (number from 1, of how many)
+    static slices of the shards. Raises RecipeError where no stage keeps labels, or the teacher is still to be trained.
+    """
+    read = recipe if isinstance(recipe, Recipe) else read_recipe(recipe, overrides)
+    directory = RunDirectory(Path(out) if out is not None else Path("runs") / read.name)
+    plan = make_plan(read, limit=limit)
+    nodes = [plan.find(str(stage))] if stage is not None else [node for node in plan.nodes if node.settings.stored]
+    if not nodes or nodes[0].settings.stored is None:
+        raise RecipeError(
+            f"{read.name}: expected a stage that keeps soft labels, got {nodes[0].name if nodes else 'none'}; write "
+            f"labels: {{views: 8, top_k: 10}} for it"
+        )
+    directory.claim()
+    from ssld.train.networks import use_device
+
+    stop, journal = Stop(), Journal(directory.path)
+    try:
+        with stop.listening():
+            use_device(device)
+            options = Options(device, limit, trust_teacher)
+            soft = Inputs.of(directory, plan, options, journal, lambda: stop.number).soft
+            done = []
+            for node in nodes:
+                journal.place = f"{node.number} {node.name}"
+                soft.check(node)
+                done += soft.label(node, *part)
+            return done
+    finally:
+        journal.close()
 
 
 def existing_run(out: str | Path | None) -> Path:
@@ -108,7 +159,6 @@ class Runner:
         self.directory = RunDirectory(directory)
         self.plan = plan
         self.options = options
-        self.inputs = Inputs(self.directory, plan, options)
         self.stop = Stop()
 
     def run(self, *, rerun: bool = False, first: Node | None = None) -> Overview:
@@ -167,9 +217,10 @@ class Runner:
         from ssld.preflight import preflight
         from ssld.score import score_checkpoint
 
+        inputs = Inputs.of(self.directory, self.plan, self.options, journal, lambda: self.stop.number)
         with self.stop.listening():
             try:
-                preflight(todo, self.inputs, journal)
+                preflight(todo, inputs)
             except SsldError:
                 if fresh:
                     self.directory.forget()
@@ -181,13 +232,11 @@ class Runner:
                 old.set_aside(self.directory, journal)
             self._describe(journal)
             for node in todo:
-                self._run_stage(node, journal)
+                self._run_stage(node, inputs)
                 self.stop.check(f"after {node.name}, which is finished")
             if self._untested() and self.plan.data.test is not None:
                 last = self.plan.nodes[-1]
-                metrics = score_checkpoint(
-                    self.inputs.finished(last.name, journal), self.plan.data.test, self.options.device
-                )
+                metrics = score_checkpoint(inputs.members.finished(last.name), self.plan.data.test, self.options.device)
                 self.directory.keep_tested(last, self.plan.data.test.identity, metrics)
                 journal.record("test", stage=last.name, **metrics)
                 journal.note(
@@ -214,7 +263,8 @@ class Runner:
         journal.detail(f"environment: {json.dumps(environment(), sort_keys=True)}")
         journal.record("start", recipe=text, environment=environment())
 
-    def _run_stage(self, node: Node, journal: Journal) -> None:
+    def _run_stage(self, node: Node, inputs: Inputs) -> None:
+        journal = inputs.journal
         status = self.directory.status(node, journal.note)
         reached = status.checkpoint if status.kind == "resume" else None
         journal.place = f"{node.number} {node.name}"
@@ -226,7 +276,7 @@ class Runner:
         )
         for line in differences(reached.state["environment"], environment()) if reached else ():
             journal.note(f"warning: the same weights as in an unbroken run are not promised, since {line}")
-        task = self.inputs.task(node, reached, stop=lambda: self.stop.number, journal=journal)
+        task = inputs.task(node, reached)
         outcome = node.kind.run(task)
         self.directory.save(node, task, outcome.state, outcome.metrics)
         journal.record("finished", stage=node.name, **outcome.metrics)

@@ -21,7 +21,9 @@ from ssld.settings import Context, TrainingSettings
 from ssld.wording import near
 
 # these change what is kept on disk or when, never a weight
-STORAGE_KEYS = frozenset({"keep_last", "save_steps", "save_interval"})
+STORAGE_KEYS: Mapping[str, Any] = {"keep_last": True, "save_steps": True, "save_interval": True, "labels": {"store"}}
+# paths in a teacher's settings: what they hold counts, not where
+TEACHER_FILES = ("weights", "onnx", "class_map")
 # what a plug-in that comes with ssld is made of is told by its kind's revision; a release changes no weight by itself
 OWN = "ssld"
 
@@ -118,6 +120,7 @@ def resolve(recipe: Recipe, name: str, number: int, data: Datasets, earlier: Map
     context = Context(
         resolution=parent.settings.resolution if parent else recipe.images.resolution,
         samples=samples,
+        classes=len(data.classes),
         parent=parent.settings if parent else None,
     )
     settings = with_network(recipe, name, settings.resolved(context), parent)
@@ -139,7 +142,7 @@ def resolve(recipe: Recipe, name: str, number: int, data: Datasets, earlier: Map
         "inputs": {stage: earlier[stage].fingerprint for stage in settings.inputs},
         "plug-ins": origins(recipe, name, settings),
         "files": {
-            key: file_identity(path, recipe.place(("stages", name, key)))
+            key: file_identity(path, recipe.place(("stages", name, key.partition(" ")[0])))
             for key, path in weight_files(settings).items()
         },
     }
@@ -170,17 +173,19 @@ def owner(kind: str, name: str) -> str:
 
 def origins(recipe: Recipe, name: str, settings: TrainingSettings) -> dict[str, str]:
     """Distribution and version of every plug-in that the stage names. Raises RecipeError for one that is not there."""
-    teacher, loss = settings.taught_by, getattr(settings, "loss", None)
+    loss = getattr(settings, "loss", None)
     wanted = {"student": ("students", settings.student.name)}
     wanted |= {"loss": ("losses", loss.name)} if loss is not None else {}
-    wanted |= {"teacher": ("teachers", teacher.plugin)} if teacher and teacher.plugin else {}
-    wanted |= {"teacher": ("students", teacher.network)} if teacher and teacher.network else {}
+    for number, teacher in enumerate(settings.taught_by):
+        wanted |= {f"teacher {number}": ("teachers", teacher.plugin)} if teacher.plugin else {}
+        wanted |= {f"teacher {number}": ("students", teacher.network)} if teacher.network else {}
     found = {}
     for key, (kind, plugin) in wanted.items():
         try:
             found[key] = owner(kind, plugin)
         except RecipeError as error:
-            written = type(settings).model_fields[key].alias or key
+            field = key.partition(" ")[0]
+            written = type(settings).model_fields[field].alias or field
             raise RecipeError(f"{recipe.place(('stages', name, written))}: {error}") from error
     return found
 
@@ -198,18 +203,20 @@ def pipeline(recipe: Recipe, part: str, resolution: int) -> Pipeline:
 
 def without_paths(settings: TrainingSettings) -> dict[str, Any]:
     """The settings as JSON, less what changes no weight; outside weights count by content, wherever they lie."""
-    plain = settings.model_dump(mode="json", by_alias=True, exclude=set(STORAGE_KEYS))
-    for key in weight_files(settings):
-        plain[key] = {**plain[key], "weights": None} if key == "teacher" else None
+    plain = settings.model_dump(mode="json", by_alias=True, exclude=STORAGE_KEYS)
+    if "from" in weight_files(settings):
+        plain["from"] = None
+    for teacher in plain.get("teacher") or ():
+        teacher |= {key: None for key in TEACHER_FILES if teacher.get(key)}
     return plain
 
 
 def weight_files(settings: TrainingSettings) -> dict[str, Path]:
     """Files outside the run that a stage's weights depend on."""
-    teacher = settings.taught_by
     files = {"from": settings.start} if settings.start and settings.start.endswith(".safetensors") else {}
-    if teacher is not None and teacher.network is not None:
-        files["teacher"] = teacher.options["weights"]
+    for number, teacher in enumerate(settings.taught_by):
+        files |= {f"teacher {number}": teacher.file} if teacher.file else {}
+        files |= {f"teacher {number} class_map": teacher.class_map} if teacher.class_map else {}
     return {key: Path(path).expanduser() for key, path in files.items()}
 
 

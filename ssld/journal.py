@@ -93,11 +93,34 @@ class Journal:
         """One line for programs."""
         self._append(self.metrics, json.dumps({"time": round(time.time(), 3), "event": event, **fields}))
 
-    def measured(self, stage: str, step: int, epoch: int, metrics: Mapping[str, float]) -> None:
-        """Validation results at the end of an epoch."""
-        self.record("evaluation", stage=stage, step=step, epoch=epoch, **metrics)
-        numbers = " ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-        self.note(f"[{self.place}] epoch {epoch} step {step} validation {numbers}")
+    def measured(
+        self, stage: str, step: int, epoch: int, metrics: Mapping[str, float], lines: Mapping[str, float]
+    ) -> None:
+        """Results at the end of an epoch; lines: what they are to be seen beside, such as the teacher's accuracy."""
+        self.record("evaluation", stage=stage, step=step, epoch=epoch, **metrics, **lines)
+        numbers, beside = (" ".join(f"{name} {value:.4f}" for name, value in part.items()) for part in (metrics, lines))
+        self.note(f"[{self.place}] epoch {epoch} step {step} validation {numbers}{f' ({beside})' if beside else ''}")
+
+    @contextmanager
+    def labelling(self, what: str) -> Iterator[Callable[[int, int], None]]:
+        """Progress of a teacher's labelling: yields a function of (views done, views in all)."""
+        began = last = time.monotonic()
+        with bar(self.console) as progress:
+            task = progress.add_task(self.place or what, detail="") if progress else None
+
+            def advance(done: int, total: int) -> None:
+                nonlocal last
+                now = time.monotonic()
+                rate = done / max(now - began, 1e-9)
+                left = duration((total - done) / rate)
+                if progress is not None and task is not None:
+                    progress.update(task, completed=done, total=total, detail=f"labelling {done}/{total} eta {left}")
+                if now - last > LINE_EVERY_SECONDS or done == total:
+                    last = now
+                    self.record("labelling", what=what, done=done, total=total, views_per_second=round(rate, 1))
+                    self.note(f"[{self.place}] {what}: {done} of {total} views, {rate:.0f} views/s, eta {left}")
+
+            yield advance
 
     @contextmanager
     def stage(self, name: str, total: int, samples: int, batch: int, start: int) -> Iterator[StageLog]:

@@ -1,9 +1,10 @@
-"""How often the right class is among the first k, and how sure one can be of it."""
+"""How often the right class is among the first k, how sure one can be of it, and how far student and teacher agree."""
 
 import math
 
 import numpy as np
 
+from ssld.contracts import Soft
 from ssld.errors import DataError
 
 
@@ -39,6 +40,38 @@ def wilson(correct: int, total: int, z: float = 1.96) -> tuple[float, float]:
     middle = share + spread / 2
     half = z * math.sqrt((share * (1 - share) + spread / 4) / total)
     return max(0.0, (middle - half) / (1 + spread)), min(1.0, (middle + half) / (1 + spread))
+
+
+def best_class(soft: Soft) -> np.ndarray:
+    """The most probable class by soft labels, int64 [samples]; the smaller one of equal ones.
+
+    Where some classes are kept only, the rest of the classes does not count, however large its sum.
+    """
+    if soft.ids is None:
+        return soft.logits.argmax(axis=1)
+    best = soft.logits[:, :-1].argmax(axis=1)
+    return np.take_along_axis(soft.ids, best[:, None], axis=1)[:, 0]
+
+
+def agreement(logits: np.ndarray, soft: Soft) -> tuple[float, float]:
+    """How often, in [0, 1], student and teacher answer the same, and the mean KL(teacher || student) in nats.
+
+    logits: the student's, float [samples, classes]. Classes that the soft labels do not keep count as one.
+    """
+    student = _log_softmax(logits.astype(np.float64) / soft.temperature)
+    teacher = _log_softmax(soft.logits.astype(np.float64) / soft.temperature)
+    if soft.ids is not None:
+        others = student.copy()
+        np.put_along_axis(others, soft.ids, -np.inf, axis=1)
+        rest = np.logaddexp.reduce(others, axis=1)
+        student = np.column_stack([np.take_along_axis(student, soft.ids, axis=1), rest])
+    divergence = (np.exp(teacher) * (teacher - student)).sum(axis=1)
+    return float((logits.argmax(axis=1) == best_class(soft)).mean()), float(divergence.mean())
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    result: np.ndarray = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
+    return result
 
 
 def _check(logits: np.ndarray, labels: np.ndarray) -> None:

@@ -4,6 +4,7 @@ RUN/recipe.yaml      the merged recipe
 RUN/run.json         the options of the command
 RUN/run.lock         held by the process that works here
 RUN/train.log  RUN/metrics.jsonl
+RUN/labels.store/    soft labels, where the recipe names no other place; content goes by hashes, so it is never wrong
 RUN/test.json        how the last stage did on the test set, where there is one
 RUN/distill/step-00001234/    checkpoints of the stage `distill`, with links `latest` and `best`
 RUN/attempt.1/distill/        results that a later attempt set aside; no stage has a dot in its name
@@ -26,7 +27,8 @@ from ssld.errors import CheckpointError, OutputError
 from ssld.files import move, sweep, writable, write_atomic
 from ssld.graph import Node
 
-OWN = ("recipe.yaml", "run.json", "run.lock", "train.log", "metrics.jsonl")
+LABELS = "labels.store"
+OWN = ("recipe.yaml", "run.json", "run.lock", "train.log", "metrics.jsonl", LABELS)
 """The files of a run that are there before its first stage."""
 
 
@@ -107,6 +109,11 @@ class RunDirectory:
             ) from error
         return recipe.read_recipe(self.path / "recipe.yaml"), options
 
+    def labels(self, node: Node) -> Path:
+        """Where the soft labels of a stage are kept."""
+        stored = node.settings.stored
+        return Path(stored.store).expanduser() if stored and stored.store else self.path / LABELS
+
     def stage(self, node: Node) -> Path:
         return self.path / node.name
 
@@ -133,7 +140,8 @@ class RunDirectory:
                 "stage": node.name,
                 "fingerprint": node.fingerprint,
                 "basis": node.basis,
-                "teacher": task.teacher.spec.fingerprint if task.teacher else None,
+                "teacher": task.soft.fingerprint if task.soft else None,
+                "labels": task.soft.files if task.soft else "",
                 "finished": metrics is not None,
                 "metrics": metrics or {},
                 "facts": dict(state.facts),

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    GetCoreSchemaHandler,
+    Tag,
+    model_validator,
+)
 from pydantic_core import CoreSchema
 
 # A key that the recipe may leave open. Its type is what it holds once `resolved` has filled it in, which is before
@@ -68,7 +78,7 @@ Plugin = Annotated[
 
 
 class TeacherSetting(Frozen):
-    """One of `{stage: NAME}`, `{network: NAME, weights: FILE}` or `{plugin: NAME, …its own keys}`."""
+    """`{stage: NAME}`, `{network: NAME, weights: FILE}`, `{onnx: FILE}` or `{plugin: NAME, …its own keys}`."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
@@ -76,16 +86,36 @@ class TeacherSetting(Frozen):
     """An earlier stage of this run; its last weights teach."""
     network: str | None = None
     """A network by name, with `weights`, a .safetensors file."""
+    onnx: str | None = None
+    """An .onnx file, with size, mean and std where the file does not tell them."""
     plugin: str | None = None
     """An entry point of the group ssld.teachers; the other keys are its arguments."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the arithmetic of a paddle network; bfloat16 is about twice as fast on a CPU that has it."""
+    class_map: str | None = None
+    """A file of `teacher class<TAB>student class` lines, for a teacher that knows other classes than the data."""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """Its share in the mean of several teachers' probabilities, relative to the others'."""
+
+    @property
+    def way(self) -> str:
+        """The key that says how the teacher is got."""
+        return next(way for way in WAYS if getattr(self, way) is not None)
+
+    @property
+    def name(self) -> str:
+        """The teacher for messages: "stage teach", "network ResNet50_vd"."""
+        return f"{self.way} {getattr(self, self.way)}"
 
     @model_validator(mode="after")
     def _one_way(self) -> TeacherSetting:
-        ways = [way for way in ("stage", "network", "plugin") if getattr(self, way) is not None]
+        ways = [way for way in WAYS if getattr(self, way) is not None]
         if len(ways) != 1:
             raise ValueError(
-                f"expected exactly one of stage, network or plugin, got {', '.join(ways) or 'none of them'}"
+                f"expected exactly one of stage, network, onnx or plugin, got {', '.join(ways) or 'none of them'}"
             )
+        if self.precision != "float32" and self.way not in ("stage", "network"):
+            raise ValueError(f"expected precision beside stage or network only, got it beside {self.way}")
         weights = self.options.get("weights")
         if self.network is not None and not isinstance(weights, str):
             got = "none" if weights is None else repr(weights)
@@ -99,12 +129,52 @@ class TeacherSetting(Frozen):
         """The plug-in's own keys."""
         return dict(self.model_extra or {})
 
+    @property
+    def file(self) -> str | None:
+        """The file outside the run that holds its weights."""
+        return self.onnx or (self.options["weights"] if self.network else None)
+
+
+WAYS = ("stage", "network", "onnx", "plugin")
+Teachers = Annotated[
+    Annotated[TeacherSetting, Tag("(keys)")]
+    | Annotated[tuple[TeacherSetting, ...], Field(min_length=1), Tag("(list)")],
+    Discriminator(lambda value: "(keys)" if isinstance(value, dict | TeacherSetting) else "(list)"),
+    AfterValidator(lambda value: (value,) if isinstance(value, TeacherSetting) else value),
+]
+"""One teacher, or several, whose probabilities are averaged."""
+
+
+class Stored(Frozen):
+    """Soft labels that are kept: the teacher sees `views` views of every image once, whatever the number of epochs."""
+
+    views: Annotated[int, Field(ge=1, le=10000)]
+    """Views of each image that get labels; epoch e trains on view e mod views."""
+    top_k: Annotated[int, Field(ge=1)] = 10
+    """Classes whose probabilities are kept, the most probable ones; of the others only their sum."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Of the teacher's softmax; a loss of another temperature needs all classes."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """What the views are drawn by; recipes of other seeds share the labels."""
+    store: str | None = None
+    """The directory that keeps label files, to be shared by runs; labels.store in the run when left out."""
+
+
+def _labels_kind(value: object) -> str:
+    return "(keys)" if isinstance(value, dict | Stored) else "(text)"
+
+
+Labels = Annotated[
+    Annotated[Literal["online"], Tag("(text)")] | Annotated[Stored, Tag("(keys)")], Discriminator(_labels_kind)
+]
+
 
 class Context(Frozen):
     """What the derived numbers of a stage depend on, known once the recipe's data are indexed."""
 
     resolution: int
     samples: int
+    classes: int
     parent: TrainingSettings | None = None
     """The resolved settings of the stage that `from` names."""
 
@@ -159,16 +229,26 @@ class TrainingSettings(StageSettings):
     """Peak learning rate per 256 images; 0.1 is what PaddleClas publishes for SSLD's ResNet50_vd (0.4 at 1,024)."""
 
     @property
-    def taught_by(self) -> TeacherSetting | None:
-        """The teacher, in the kinds that have one."""
-        return getattr(self, "teacher", None)
+    def taught_by(self) -> tuple[TeacherSetting, ...]:
+        """The teachers, in the kinds that have some."""
+        return getattr(self, "teacher", None) or ()
+
+    @property
+    def stored(self) -> Stored | None:
+        """How soft labels are kept; None where there are none, or the teacher is asked in every step."""
+        labels = getattr(self, "labels", None)
+        return labels if isinstance(labels, Stored) else None
 
     @property
     def inputs(self) -> tuple[str, ...]:
         """Names of the stages whose results this one reads."""
         start = self.start if self.start and not self.start.endswith(".safetensors") else None
-        teacher = self.taught_by.stage if self.taught_by else None
-        return tuple(dict.fromkeys(name for name in (start, teacher) if name))
+        return tuple(dict.fromkeys(name for name in (start, *self.teacher_stages) if name))
+
+    @property
+    def teacher_stages(self) -> tuple[str, ...]:
+        """Names of the stages that teach this one."""
+        return tuple(teacher.stage for teacher in self.taught_by if teacher.stage)
 
     def derived(self, context: Context) -> dict[str, Any]:
         """Values for the keys that the recipe leaves open."""
@@ -194,3 +274,31 @@ class TrainingSettings(StageSettings):
     def total_steps(self, samples: int) -> int:
         """Steps of the whole stage: epochs * samples / batch size, rounded up, so that every batch is full."""
         return -(-self.epochs * samples // self.batch_size)
+
+
+class TaughtSettings(TrainingSettings):
+    """The keys of every stage that can learn from a teacher; a kind adds `teacher` itself, required or not."""
+
+    loss: Plugin = Named(name="js")
+    """Distance of the student's classes to the teacher's: js, true_js, kl, ce, or {name: kl, temperature: 4}."""
+    labels: Labels = "online"
+    """`online` asks the teacher in every step; {views: 8, top_k: 10} asks it once and keeps its soft labels."""
+
+    def check(self, context: Context) -> None:
+        super().check(context)
+        if self.stored is None:
+            return
+        wanted = self.loss.options.get("temperature", 1.0)
+        if self.stored.top_k < context.classes and wanted != self.stored.temperature:
+            raise ValueError(
+                f"expected soft labels of the loss's temperature, {wanted:g}, got labels.temperature: "
+                f"{self.stored.temperature:g} and {self.stored.top_k} of {context.classes} classes; make them equal, "
+                f"keep all classes by top_k: {context.classes}, or write labels: online"
+            )
+
+    def resolved(self, context: Context) -> Self:
+        made = super().resolved(context)
+        if made.stored is None:
+            return made
+        kept = made.stored.model_copy(update={"top_k": min(made.stored.top_k, context.classes)})
+        return made.model_copy(update={"labels": kept})

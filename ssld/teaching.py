@@ -4,20 +4,72 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from ssld.contracts import Arrays, Teacher, TeacherSpec
-from ssld.data.loader import Damage, evaluation_batches
-from ssld.data.samples import Samples, same_classes
+from ssld.contracts import Arrays, Soft, Teacher, TeacherSpec
+from ssld.data.loader import Batch, Replay
+from ssld.data.samples import Samples
 from ssld.data.transforms import Pipeline, center, normalize
-from ssld.errors import TeacherError
-from ssld.metrics import wilson
+from ssld.ensemble import average
+from ssld.errors import SsldError, TeacherError
+from ssld.metrics import best_class, wilson
 
 # enough for an interval of about ± 3 points, little enough to be done before the user has noticed
 CHECKED = 1000
+
+
+@dataclass(frozen=True)
+class Member:
+    """One teacher of a stage: who it is in words, and its weight among the teachers."""
+
+    who: str
+    teacher: Teacher
+    weight: float
+
+
+def together(members: Sequence[Member]) -> str:
+    """A hash of several teachers and their weights."""
+    parts = [f"{member.teacher.spec.fingerprint} {member.teacher.spec.precision} {member.weight}" for member in members]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class OnlineLabels:
+    """Soft labels from teachers that are asked in every step; samples: the set, for messages; classes: how many."""
+
+    members: tuple[Member, ...]
+    samples: Samples
+    classes: int
+
+    @property
+    def fingerprint(self) -> str:
+        return together(self.members)
+
+    @property
+    def files(self) -> str:
+        """No label file is read."""
+        return ""
+
+    @property
+    def replay(self) -> Replay | None:
+        """Every view can be had."""
+        return None
+
+    def pipelines(self, student: Pipeline) -> tuple[Pipeline, ...]:
+        """The student's view at each teacher's size."""
+        return tuple(student.at(member.teacher.spec.size) for member in self.members)
+
+    def of(self, batch: Batch) -> Soft:
+        """What the teachers say of a batch, on average."""
+        names = [self.samples.where(int(index)) for index in batch.indices]
+        answers = [
+            (Soft(None, ask(member.teacher, images, self.classes, member.who, names)), member.weight)
+            for member, images in zip(self.members, batch.images[1:], strict=True)
+        ]
+        return average(answers, self.classes)
 
 
 @dataclass(frozen=True)
@@ -80,53 +132,47 @@ def prepare(images: np.ndarray, spec: TeacherSpec) -> np.ndarray:
     return normalize(images, spec.mean, spec.std)
 
 
-def ask(teacher: Teacher, images: np.ndarray, classes: int, who: str) -> np.ndarray:
+def ask(teacher: Teacher, images: np.ndarray, classes: int, who: str, names: Sequence[str]) -> np.ndarray:
     """The teacher's logits, float32 [B, classes], for rendered pixels, uint8 [B, H, W, 3].
 
-    Raises TeacherError unless they are finite floats of that shape, or when the teacher itself raises.
+    names: of the images. Raises TeacherError unless the logits are finite floats of that shape, or when the teacher
+    itself raises.
     """
     try:
         logits = teacher.predict(prepare(images, teacher.spec))
+    except SsldError:
+        raise
     except Exception as error:
         raise TeacherError(
-            f"{who} raised {type(error).__name__} on a batch of {len(images)} images: {error}"
+            f"{who} raised {type(error).__name__} on a batch of {len(images)} images from {names[0]} on: {error}"
         ) from error
     wanted = (len(images), classes)
     if not isinstance(logits, np.ndarray) or logits.dtype.kind != "f" or logits.shape != wanted:
         got = f"{logits.dtype} {list(logits.shape)}" if isinstance(logits, np.ndarray) else type(logits).__name__
-        raise TeacherError(f"{who}: expected float32 logits {list(wanted)} ([images, classes of the data]), got {got}")
+        raise TeacherError(
+            f"{who}: expected float32 logits {list(wanted)} ([images, classes of the data]), got {got} for the batch "
+            f"from {names[0]} on"
+        )
     with np.errstate(over="ignore"):
         logits = logits.astype(np.float32, copy=False)
     if not np.isfinite(logits).all():
         bad = int(np.argmax(~np.isfinite(logits).all(axis=1)))
-        raise TeacherError(f"{who}: expected finite logits, got {logits[bad].tolist()[:5]} for image {bad} of a batch")
+        raise TeacherError(f"{who}: expected finite logits, got {logits[bad].tolist()[:5]} for {names[bad]}")
     return logits
 
 
-def shown(pipeline: Pipeline, spec: TeacherSpec) -> Pipeline:
-    """The student's pipeline at the teacher's size, so that both see the same view."""
-    return pipeline.at(spec.size)
+def tested(evaluate: Pipeline, spec: TeacherSpec) -> Pipeline:
+    """How a teacher is shown an image at test time: as its spec says, else as the student, at the teacher's size."""
+    if spec.resize_short:
+        return center(spec.size, spec.resize_short, spec.mean, spec.std)
+    return evaluate.at(spec.size)
 
 
-def check(teacher: Teacher, validation: Samples, evaluate: Pipeline, classes: tuple[str, ...], who: str) -> Quality:
-    """Measure the teacher on at most a thousand validation images, prepared as its spec or else `evaluate` says.
-
-    Raises TeacherError for an answer of the wrong form, DataError for other class names than the data have.
-    """
-    spec = teacher.spec
-    if spec.classes is not None:
-        same_classes(classes, spec.classes, "the data", who)
-    samples = validation.limited(CHECKED)
-    assert samples.labels is not None, "validation sets are opened with labels"
-    pipeline = (
-        center(spec.size, spec.resize_short, spec.mean, spec.std) if spec.resize_short else evaluate.at(spec.size)
-    )
-    correct = 0
-    for batch in evaluation_batches(samples, pipeline, batch_size=64, damage=Damage(0)):
-        correct += int((ask(teacher, batch.images[0], len(classes), who).argmax(axis=1) == batch.labels).sum())
-    low, high = wilson(correct, len(samples))
-    chance = float(np.bincount(samples.labels).max() / len(samples))
-    return Quality(correct / len(samples), low, high, chance, len(samples))
+def quality(soft: Soft, labels: np.ndarray) -> Quality:
+    """How good a teacher is on labeled images, int64 [N], by its soft labels of them."""
+    correct = int((best_class(soft) == labels).sum())
+    low, high = wilson(correct, len(labels))
+    return Quality(correct / len(labels), low, high, float(np.bincount(labels).max() / len(labels)), len(labels))
 
 
 def expect_better_than_chance(quality: Quality, who: str) -> None:

@@ -52,6 +52,15 @@ def got(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:57]}…"
 
 
+def size(count: float) -> str:
+    """A number of bytes in the unit that suits it: 512 bytes, 1.5 kB, 3.2 GB."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
 def dotted(path: KeyPath) -> str:
     """A key's path as one word; what is no plain word stays quoted.
 

@@ -9,16 +9,14 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 from ssld.contracts import Outcome, StageKind, Task
-from ssld.settings import Named, Plugin, TeacherSetting, TrainingSettings
+from ssld.settings import TaughtSettings, Teachers
 
 
-class Distill(TrainingSettings):
+class Distill(TaughtSettings):
     """Train the student on the teacher's soft labels of `data`."""
 
     kind: Literal["distill"]
-    teacher: TeacherSetting
-    loss: Plugin = Named(name="js")
-    """Distance of the student's classes to the teacher's: js, true_js, kl, ce, or {name: kl, temperature: 4}."""
+    teacher: Teachers
 
     needs_labels: ClassVar[bool] = False
 

@@ -11,20 +11,18 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from ssld.contracts import Outcome, StageKind, Task
-from ssld.settings import Context, Named, Plugin, TeacherSetting, TrainingSettings
+from ssld.settings import Context, TaughtSettings, Teachers
 
 if TYPE_CHECKING:
     from ssld.train.feed import Target, Tensor
 
 
-class Finetune(TrainingSettings):
+class Finetune(TaughtSettings):
     """Train a distilled student further on the labeled set."""
 
     kind: Literal["finetune"]
     start: Annotated[str, Field(alias="from")]
-    teacher: TeacherSetting | None = None
-    loss: Plugin = Named(name="js")
-    """Distance of the student's classes to the teacher's."""
+    teacher: Teachers | None = None
     hard: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Share of the cross-entropy with the true labels; the rest is the teacher's. 1 needs no teacher."""
 

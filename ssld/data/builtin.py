@@ -56,6 +56,9 @@ class _Digits:
     def read(self, row: int) -> np.ndarray:
         return np.repeat(self.images[row, :, :, None], 3, axis=2)
 
+    def stamp(self, rows: np.ndarray) -> str:
+        return digest("digits", rows, self.images[rows])
+
 
 def _open_digits(name: str, options: Mapping[str, str], labeled: bool) -> Samples:
     part = options.get("part", "")
@@ -141,6 +144,9 @@ class _Shapes:
 
     def read(self, row: int) -> np.ndarray:
         return draw_shape(tuple(SHAPES)[row % self.classes], self.size, generator("shapes", self.seed, row))
+
+    def stamp(self, rows: np.ndarray) -> str:
+        return digest("shapes", self.size, self.classes, self.seed, rows)
 
 
 def draw_shape(shape: str, size: int, draws: np.random.Generator) -> np.ndarray:

@@ -15,6 +15,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from ssld.data.samples import digest
 from ssld.errors import DataError, StorageError
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
@@ -52,6 +53,13 @@ class Strings:
 
     def __getitem__(self, i: int) -> bytes:
         return self.blob[self.ends[i - 1] if i else 0 : self.ends[i]]
+
+    def at(self, rows: np.ndarray) -> Strings:
+        """The names in these rows, at least one."""
+        first, last = int(rows[0]), int(rows[-1])
+        if last - first == len(rows) - 1 and np.all(np.diff(rows) == 1):
+            return self.part(first, last + 1)
+        return Strings.of([self[row] for row in rows])
 
     def part(self, start: int, stop: int) -> Strings:
         """The names from start to stop."""
@@ -125,8 +133,9 @@ def join(parts: Sequence[Index]) -> Index:
 class Shards:
     """A store of tar members, read by offset; a file is opened per read, so threads share nothing."""
 
-    def __init__(self, paths: Sequence[Path], names: Sequence[str], index: Index) -> None:
-        self._paths, self._names, self._index = paths, names, index
+    def __init__(self, paths: Sequence[Path], names: Sequence[str], index: Index, mtimes: np.ndarray) -> None:
+        """names: of the shards, for keys; mtimes: int64 [S], in nanoseconds."""
+        self._paths, self._names, self._index, self._mtimes = paths, names, index, mtimes
         self._ends = np.cumsum(index.counts)
 
     def _shard(self, row: int) -> int:
@@ -154,6 +163,18 @@ class Shards:
                 f"{length} in {path}; data must not change during a run: restore the shard, or start again"
             )
         return data
+
+    def stamp(self, rows: np.ndarray) -> str:
+        shards = np.unique(np.searchsorted(self._ends, rows, side="right"))
+        members = self._index.members.at(rows)
+        return digest(
+            "shards",
+            [(self._names[shard], int(self._index.lengths[shard]), int(self._mtimes[shard])) for shard in shards],
+            members.blob,
+            members.ends,
+            self._index.offsets[rows],
+            self._index.sizes[rows],
+        )
 
     def label_text(self, row: int) -> str:
         """What the .cls member of a sample holds, for messages."""

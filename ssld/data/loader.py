@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
-from itertools import count, islice
+from itertools import chain, count, islice
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -35,14 +35,31 @@ class Batch:
     """Some samples, rendered.
 
     step: training step, or number of the batch in an evaluation; images: per pipeline, uint8 [B, S, S, 3];
-    labels: int64 [B], None for a pool; indices: int64 [B] into the samples; keys: their names.
+    labels: int64 [B], None for a pool; indices: int64 [B] into the samples; views: int64 [B], which view of each;
+    keys: their names.
     """
 
     step: int
     images: tuple[np.ndarray, ...]
     labels: np.ndarray | None
     indices: np.ndarray
+    views: np.ndarray
     keys: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Views that can be had again: drawn by a seed of their own, `views` of each image, one after another.
+
+    seed: the same for all training seeds that share the soft labels of these views.
+    """
+
+    seed: int
+    views: int
+
+    def view(self, epoch: int) -> int:
+        """The view that an image is shown in: epoch mod views."""
+        return epoch % self.views
 
 
 @dataclass
@@ -81,12 +98,14 @@ def training_batches(
     workers: int = 2,
     ahead: int = 4,
     damage: Damage,
+    replay: Replay | None = None,
 ) -> Generator[Batch, None, None]:
     """Endless full batches from step `start` on; what a step holds does not depend on where one starts.
 
     The first pipeline draws a view, with derive(seed, key, epoch), and each renders it: the same crop and flip at
-    every size. Pipelines that make equal pixels share one array. A damaged image is counted, and the next readable
-    sample of the set, with its own key, label and view, takes its slot.
+    every size; with `replay`, its seed and its view of that epoch are taken instead. Pipelines that make equal pixels
+    share one array. A damaged image is counted, and the next readable sample of the set, with its own key, label and
+    view, takes its slot.
 
     window: shards open at once, None for all; workers: threads, 0 for none; ahead: batches decoded in advance.
     Closing the generator ends its threads. Raises DataError: more damage than the budget, nothing readable, or
@@ -95,7 +114,9 @@ def training_batches(
     order = Order(samples.shard_sizes, seed, window)
     distinct, slots = _distinct(pipelines)
     requests = (
-        _Request(int(index), seed, int(epoch))
+        _Request(int(index), replay.seed, (replay.view(int(epoch)),))
+        if replay
+        else _Request(int(index), seed, (int(epoch),))
         for step in count(start)
         for index, epoch in zip(*order.batch(step, batch_size), strict=True)
     )
@@ -112,30 +133,67 @@ def evaluation_batches(
     A damaged image is counted and left out, so that no other one counts twice. An operator that draws would show
     each sample in one fixed view. Threads and errors are as in `training_batches`.
     """
-    requests = (_Request(index, seed=0, epoch=0) for index in range(len(samples)))
-    loaded = _in_order(_Loader(samples, (pipeline,), tries=1).load, requests, workers, ahead * batch_size)
+    return view_batches(
+        samples,
+        pipeline,
+        Replay(seed=0, views=1),
+        batch_size=batch_size,
+        indices=range(len(samples)),
+        workers=workers,
+        ahead=ahead,
+        damage=damage,
+    )
+
+
+def view_batches(
+    samples: Samples,
+    pipeline: Pipeline,
+    replay: Replay,
+    *,
+    batch_size: int,
+    indices: Iterable[int],
+    workers: int = 2,
+    ahead: int = 4,
+    damage: Damage,
+) -> Generator[Batch, None, None]:
+    """Every view of the samples at these indices, sample after sample, each decoded once; the last batch may be short.
+
+    A damaged image is counted and left out. Threads and errors are as in `training_batches`.
+    """
+    requests = (_Request(index, replay.seed, tuple(range(replay.views))) for index in indices)
+    samples_ahead = max(1, ahead * batch_size // replay.views)
+    loaded = _in_order(_Loader(samples, (pipeline,), tries=1).load, requests, workers, samples_ahead)
     return _batches(samples, loaded, (0,), batch_size, 0, damage)
 
 
 @dataclass(frozen=True)
 class _Request:
-    """One slot of a batch: the sample that is wanted, and what its view depends on besides its key."""
+    """One sample that is wanted, and what its views depend on besides its key: a seed, and their numbers."""
 
     index: int
     seed: int
-    epoch: int
+    views: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class _Loaded:
-    """A filled slot: the sample that was readable, its views, and the damaged ones that were met before it.
+    """What a request brought: the sample that was readable, and the damaged ones that were met before it.
 
-    views: one per distinct pipeline; empty where no sample that was tried was readable.
+    views: (number of the view, its pixels for each distinct pipeline); empty where no sample was readable.
     """
 
     index: int
-    views: tuple[np.ndarray, ...]
+    views: tuple[tuple[int, tuple[np.ndarray, ...]], ...]
     damaged: tuple[tuple[int, DataError], ...]
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One row of a batch."""
+
+    index: int
+    view: int
+    images: tuple[np.ndarray, ...]
 
 
 @dataclass(frozen=True)
@@ -160,10 +218,14 @@ class _Loader:
                 return _Loaded(index, self._render(image, index, request), tuple(damaged))
         return _Loaded(request.index, (), tuple(damaged))
 
-    def _render(self, image: Image.Image, index: int, request: _Request) -> tuple[np.ndarray, ...]:
-        seed = derive(request.seed, self.samples.key(index), request.epoch)
-        view = self.pipelines[0].draw(*image.size, seed)
-        return tuple(pipeline.render(image, view) for pipeline in self.pipelines)
+    def _render(
+        self, image: Image.Image, index: int, request: _Request
+    ) -> tuple[tuple[int, tuple[np.ndarray, ...]], ...]:
+        key, rendered = self.samples.key(index), []
+        for number in request.views:
+            view = self.pipelines[0].draw(*image.size, derive(request.seed, key, number))
+            rendered.append((number, tuple(pipeline.render(image, view) for pipeline in self.pipelines)))
+        return tuple(rendered)
 
 
 def _distinct(pipelines: tuple[Pipeline, ...]) -> tuple[tuple[Pipeline, ...], tuple[int, ...]]:
@@ -201,28 +263,28 @@ def _batches(
     damage: Damage,
 ) -> Generator[Batch, None, None]:
     with closing(loaded):
-        readable = _readable(samples, loaded, damage)
+        rows = chain.from_iterable(_readable(samples, loaded, damage))
         for step in count(start):
-            batch = list(islice(readable, batch_size))
+            batch = list(islice(rows, batch_size))
             if not batch:
                 return
             yield _batch(samples, step, batch, slots)
 
 
-def _readable(samples: Samples, loaded: Iterable[_Loaded], damage: Damage) -> Iterator[_Loaded]:
+def _readable(samples: Samples, loaded: Iterable[_Loaded], damage: Damage) -> Iterator[list[_Row]]:
     """Count the damage in the order of the slots, never in the order of the threads, and pass on what was filled."""
     for item in loaded:
         for index, error in item.damaged:
             damage.add(index, samples.where(index), error)
         if len(damage.found) == len(samples):
             raise DataError(f"expected a readable image in {samples.name}, got {len(samples)} damaged ones")
-        if item.views:
-            yield item
+        yield [_Row(item.index, number, images) for number, images in item.views]
 
 
-def _batch(samples: Samples, step: int, loaded: list[_Loaded], slots: tuple[int, ...]) -> Batch:
-    indices = np.array([item.index for item in loaded], np.int64)
-    images = [np.stack(views) for views in zip(*(item.views for item in loaded), strict=True)]
+def _batch(samples: Samples, step: int, rows: list[_Row], slots: tuple[int, ...]) -> Batch:
+    indices = np.array([row.index for row in rows], np.int64)
+    views = np.array([row.view for row in rows], np.int64)
+    images = [np.stack(column) for column in zip(*(row.images for row in rows), strict=True)]
     labels = None if samples.labels is None else samples.labels[indices]
-    keys = tuple(samples.key(item.index) for item in loaded)
-    return Batch(step, tuple(images[slot] for slot in slots), labels, indices, keys)
+    keys = tuple(samples.key(row.index) for row in rows)
+    return Batch(step, tuple(images[slot] for slot in slots), labels, indices, views, keys)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
@@ -17,13 +19,17 @@ VIRTUAL_SHARD = 1000
 
 
 class Store(Protocol):
-    """Where samples come from, by row number; all three are called from several threads at once."""
+    """Where samples come from, by row number; key, where and read are called from several threads at once."""
 
     def key(self, row: int) -> str: ...
 
     def where(self, row: int) -> str: ...
 
     def read(self, row: int) -> bytes | np.ndarray: ...
+
+    def stamp(self, rows: np.ndarray) -> str:
+        """A hash of keys, sizes and times of these rows: the same as long as their bytes are; labels do not count."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,8 +60,18 @@ class Samples:
     def __len__(self) -> int:
         return len(self.rows)
 
+    @cached_property
+    def borders(self) -> np.ndarray:
+        """int64 [S + 1]: shard s holds the samples from borders[s] to borders[s + 1]."""
+        return np.append(0, np.cumsum(self.shard_sizes))
+
+    @cached_property
+    def shard_ids(self) -> tuple[str, ...]:
+        """What each shard is, whatever set it is part of: a hash of its keys and of what its bytes are known by."""
+        return tuple(self.store.stamp(self.rows[start:stop]) for start, stop in pairwise(self.borders))
+
     def key(self, i: int) -> str:
-        """The name of sample i, unique in the set: what its random draws and its soft labels belong to."""
+        """The name of sample i, unique in its source: what its random draws depend on."""
         return self.store.key(int(self.rows[i]))
 
     def where(self, i: int) -> str:
@@ -90,6 +106,18 @@ class Samples:
             rows=self.rows[indices],
         )
 
+    def hold_out(self, share: float) -> tuple[Samples, Samples]:
+        """(rest, held out): about `share` of every shard, chosen by what the shard is.
+
+        So a set that grows by some shards keeps the choice in those that it had, and with it their soft labels.
+        """
+        chosen = np.zeros(len(self), bool)
+        for shard, (start, stop) in zip(self.shard_ids, pairwise(self.borders), strict=True):
+            rng = generator("held out", shard)
+            count = int(share * (stop - start) + rng.random())
+            chosen[start + rng.permutation(stop - start)[:count]] = True
+        return self.subset(np.flatnonzero(~chosen)), self.subset(np.flatnonzero(chosen))
+
     def limited(self, count: int) -> Samples:
         """At most `count` samples, at random, evenly over the classes; a larger choice holds every smaller one."""
         if count < 1:
@@ -120,7 +148,7 @@ class Samples:
 
 
 class _Joined:
-    """Several sets one after another; a key opens with the number of its part, since two folders may share names."""
+    """Several sets one after another; keys are those of the parts, so that draws and soft labels stay theirs."""
 
     def __init__(self, parts: Sequence[Samples]) -> None:
         self._parts = parts
@@ -132,7 +160,7 @@ class _Joined:
 
     def key(self, row: int) -> str:
         part, i = self._locate(row)
-        return f"{part}/{self._parts[part].key(i)}"
+        return self._parts[part].key(i)
 
     def where(self, row: int) -> str:
         part, i = self._locate(row)
@@ -141,6 +169,14 @@ class _Joined:
     def read(self, row: int) -> bytes | np.ndarray:
         part, i = self._locate(row)
         return self._parts[part].read(i)
+
+    def stamp(self, rows: np.ndarray) -> str:
+        parts = np.searchsorted(self._starts, rows, side="right") - 1
+        stamps = [
+            self._parts[part].store.stamp(self._parts[part].rows[rows[parts == part] - self._starts[part]])
+            for part in np.unique(parts)
+        ]
+        return stamps[0] if len(stamps) == 1 else digest("joined", *stamps)
 
 
 def concatenate(parts: Sequence[Samples]) -> Samples:

@@ -135,11 +135,12 @@ def _existing(value: str) -> Path:
 
 @dataclass(frozen=True, eq=False)
 class _Files:
-    """A store of image files: paths relative to a root, and sizes int64 [N]."""
+    """A store of image files: paths relative to a root; sizes in bytes and mtimes in nanoseconds, int64 [N]."""
 
     root: str
     names: Strings
     sizes: np.ndarray
+    mtimes: np.ndarray
 
     def key(self, row: int) -> str:
         # without the virtual shard, so that a new image does not give all later ones another name
@@ -160,6 +161,10 @@ class _Files:
                 "data must not change during a run: restore the file, or start again"
             )
         return data
+
+    def stamp(self, rows: np.ndarray) -> str:
+        names = self.names.at(rows)
+        return digest("files", names.blob, names.ends, self.sizes[rows], self.mtimes[rows])
 
     def _path(self, row: int) -> str:
         return os.path.join(self.root, os.fsdecode(self.names[row]))
@@ -186,7 +191,7 @@ class _Columns:
             identity=digest("files", names.blob, names.ends, sizes, mtimes, labels, classes),
             shard_sizes=virtual_shards(len(names)),
             labels=labels,
-            store=_Files(root, names, sizes),
+            store=_Files(root, names, sizes, mtimes),
             rows=np.arange(len(names)),
         )
 
@@ -308,12 +313,12 @@ def _open_shards(name: str, paths: Sequence[Path], classes_file: Path | None, la
     index = load_index(paths, cache)
     common = os.path.commonpath([path.absolute().parent for path in paths])
     names = tuple(os.path.relpath(path.absolute(), common).removesuffix(".tar") for path in paths)
-    store = Shards(paths, names, index)
+    mtimes = np.array([path.stat().st_mtime_ns for path in paths])
+    store = Shards(paths, names, index, mtimes)
     beside = paths[0].parent / CLASSES_FILE
     source = classes_file or (beside if beside.is_file() else None)
     classes = _read_classes(source) if labeled and source else None
     labels = _shard_labels(store, index, classes, source) if labeled else None
-    mtimes = np.array([path.stat().st_mtime_ns for path in paths])
     members = index.members
     return Samples(
         name=name,

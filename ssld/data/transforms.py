@@ -23,6 +23,9 @@ from ssld.seeds import generator
 from ssld.settings import Frozen
 from ssld.wording import dotted, faults, near
 
+REVISION = 1
+"""Goes up whenever the same operators, of the same seed, would draw or render something else."""
+
 View = tuple[tuple[int, ...], ...]
 """What each pixel operator drew: () where it draws nothing. Source pixels, independent of the resolution."""
 

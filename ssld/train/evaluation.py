@@ -5,22 +5,39 @@ from __future__ import annotations
 import numpy as np
 from paddle import nn
 
+from ssld.contracts import Reference
 from ssld.data.loader import Damage, evaluation_batches
 from ssld.data.samples import Samples
 from ssld.data.transforms import Pipeline, normalize
-from ssld.metrics import top_k
+from ssld.metrics import agreement, top_k
 from ssld.train.frozen import Frozen
 
 BATCH = 64
 
 
-def evaluate(network: nn.Layer, samples: Samples, pipeline: Pipeline, device: str) -> dict[str, float]:
-    """Top-1 and top-5 accuracy in [0, 1] over all samples, run as a frozen network."""
+def evaluate(
+    network: nn.Layer, samples: Samples, pipeline: Pipeline, device: str, reference: Reference | None = None
+) -> dict[str, float]:
+    """Top-1 and top-5 accuracy in [0, 1] over all samples, run as a frozen network.
+
+    With a reference also `agreement`, the share of its images that student and teacher put in the same class, and
+    `kl`, the mean divergence of the student from the teacher in nats.
+    """
     frozen = Frozen(network, pipeline.resolution, device=device)
-    logits, labels = [], []
-    for batch in evaluation_batches(samples, pipeline, batch_size=BATCH, damage=Damage(0)):
+    scores, indices = answers(frozen, samples, pipeline, Damage(0))
+    assert samples.labels is not None, "validation sets are opened with labels"
+    truth = samples.labels[indices]
+    metrics = {"top1": top_k(scores, truth, 1), "top5": top_k(scores, truth, min(5, scores.shape[1]))}
+    if reference is not None:
+        scores, indices = answers(frozen, reference.samples, pipeline, Damage(reference.damage_budget))
+        metrics["agreement"], metrics["kl"] = agreement(scores, reference.soft(indices))
+    return metrics
+
+
+def answers(frozen: Frozen, samples: Samples, pipeline: Pipeline, damage: Damage) -> tuple[np.ndarray, np.ndarray]:
+    """Logits [N, classes] of the samples that are readable, and their indices [N]."""
+    logits, indices = [], []
+    for batch in evaluation_batches(samples, pipeline, batch_size=BATCH, damage=damage):
         logits.append(frozen(normalize(batch.images[0], pipeline.mean, pipeline.std)))
-        assert batch.labels is not None, "validation sets are opened with labels"
-        labels.append(batch.labels)
-    scores, truth = np.concatenate(logits), np.concatenate(labels)
-    return {"top1": top_k(scores, truth, 1), "top5": top_k(scores, truth, min(5, scores.shape[1]))}
+        indices.append(batch.indices)
+    return np.concatenate(logits), np.concatenate(indices)

@@ -12,26 +12,24 @@ import numpy as np
 import paddle
 from paddle import Tensor as Tensor
 
-from ssld.contracts import Task
+from ssld.contracts import Soft, Task
 from ssld.data.loader import Batch, Damage, training_batches
 from ssld.data.transforms import Pipeline, normalize
 from ssld.errors import DataError
-from ssld.teaching import ask, shown
 
 
 @dataclass(frozen=True)
 class Target:
     """One batch, ready for the step.
 
-    images: float32 [B, 3, H, W], normalized for the student; hard: int64 [B]; logits: the teacher's,
-    float32 [B, classes].
+    images: float32 [B, 3, H, W], normalized for the student; hard: int64 [B]; taught: the soft labels.
     """
 
     step: int
     images: np.ndarray
     keys: tuple[str, ...]
     hard: np.ndarray | None
-    logits: np.ndarray | None
+    taught: Soft | None
 
     @property
     def labels(self) -> Tensor:
@@ -41,33 +39,30 @@ class Target:
         return paddle.to_tensor(self.hard)
 
     @property
-    def soft(self) -> Tensor:
-        """The teacher's logits, float32 [B, classes]."""
-        assert self.logits is not None, "only a stage with a teacher asks for soft labels"
-        return paddle.to_tensor(self.logits)
+    def soft(self) -> Soft:
+        """The teacher's soft labels."""
+        assert self.taught is not None, "only a stage with a teacher asks for soft labels"
+        return self.taught
 
 
 def feed(task: Task[Any], pipeline: Pipeline, start: int, total: int, damage: Damage) -> Generator[Target, None, None]:
-    """Batches from step `start` to `total`, each shown to the teacher where there is one."""
-    teacher = task.teacher
-    pipelines = (pipeline,) if teacher is None else (pipeline, shown(pipeline, teacher.spec))
+    """Batches from step `start` to `total`, with soft labels where the stage has a teacher."""
+    soft = task.soft
     batches = training_batches(
         task.data,
-        pipelines,
+        (pipeline, *(soft.pipelines(pipeline) if soft else ())),
         batch_size=task.settings.batch_size,
         seed=task.seed,
         start=start,
         damage=damage,
+        replay=soft.replay if soft else None,
     )
 
     def target(batch: Batch) -> Target:
-        logits = None
-        if teacher is not None:
-            logits = ask(teacher, batch.images[1], len(task.model.classes), f"the teacher of {task.name}")
         images = normalize(batch.images[0], pipeline.mean, pipeline.std)
-        return Target(batch.step, images, batch.keys, batch.labels, logits)
+        return Target(batch.step, images, batch.keys, batch.labels, soft.of(batch) if soft else None)
 
-    # in this thread: the engine holds the interpreter while it runs, so a thread of its own would gain nothing, and
-    # with several OpenMP threads it would change the bits of the step beside it
+    # a teacher is asked in this thread: its engine holds the interpreter while it runs, so a thread of its own would
+    # gain nothing, and with several OpenMP threads it would change the bits of the step beside it
     with closing(batches):
         yield from map(target, islice(batches, total - start))

@@ -126,8 +126,11 @@ def measure_if_due(task: Task[Any], network: nn.Layer, progress: Progress, total
         return False
     worth = False
     if progress.step == total or epoch // settings.eval_interval > before // settings.eval_interval:
-        progress.metrics = evaluate(network, task.validation, task.model.pipeline, task.device)
-        task.journal.measured(task.name, progress.step, min(epoch, settings.epochs), progress.metrics)
+        progress.metrics = evaluate(network, task.validation, task.model.pipeline, task.device, task.reference)
+        seen, lines = task.reference, {}
+        if seen is not None:
+            lines = {"teacher_top1": seen.teacher, "chance_top1": seen.chance}
+        task.journal.measured(task.name, progress.step, min(epoch, settings.epochs), progress.metrics, lines)
         if progress.metrics["top1"] > progress.best["top1"]:
             progress.best = {"step": progress.step, "top1": progress.metrics["top1"]}
             worth = True

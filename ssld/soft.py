@@ -1,0 +1,122 @@
+"""The soft labels of a stage: from teachers that are asked in every step, or from a store that is filled first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from ssld.contracts import Reference, SoftLabels
+from ssld.data.loader import Damage
+from ssld.data.samples import Samples
+from ssld.graph import Node
+from ssld.journal import Journal
+from ssld.labels.labelling import Work, label, part
+from ssld.labels.reader import Reader, StoredLabels
+from ssld.labels.store import Store
+from ssld.members import Members
+from ssld.teaching import CHECKED, Member, OnlineLabels, Quality, expect_better_than_chance, quality, together
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """What one call has done for a stage's labels by one teacher: shards written, and those that are still missing."""
+
+    stage: str
+    who: str
+    written: int
+    missing: int
+    directory: Path
+
+
+@dataclass(frozen=True)
+class SoftSource:
+    """Makes what is missing; stop(): the number of the signal that asks to end, or None."""
+
+    members: Members
+    journal: Journal
+    stop: Callable[[], int | None]
+    checked: set[Path] = field(default_factory=set)
+    """Where the labels of the teachers lie that were measured already: once is enough for all stages."""
+
+    def check(self, node: Node) -> None:
+        """Measure each teacher of a stage on validation images, by labels that are kept for later.
+
+        Raises TeacherError for answers of the wrong form, and for a teacher that is no better than chance.
+        """
+        options = self.members.options
+        for store, member in self.members.tested_stores(node, self.members.of(node)):
+            if store.directory in self.checked:
+                continue
+            self.checked.add(store.directory)
+            found = self._quality(node, (member,))
+            self.journal.record("teacher", who=member.who, **vars(found))
+            # a smoke run is about the way, not about the result
+            if not (options.trust_teacher or options.limit):
+                expect_better_than_chance(found, member.who)
+            self.journal.note(f"{member.who}: {found}")
+
+    def labels(self, node: Node) -> SoftLabels:
+        """The soft labels of a stage's data; where they are kept, what is missing is made now."""
+        data, settings = self.members.plan.data, node.settings
+        samples = data.named(settings.data)
+        if settings.stored is None:
+            return OnlineLabels(self.members.of(node), samples, len(data.classes))
+        return self._complete(self.members.stores(node), samples, data.damage_budget(settings.data))
+
+    def label(self, node: Node, number: int, of: int) -> list[Labelled]:
+        """Make what is missing of the static slice `number` (from 1) of `of` slices of a stage's shards."""
+        data = self.members.plan.data
+        samples, budget = data.named(node.settings.data), data.damage_budget(node.settings.data)
+        done = []
+        for store, member in self.members.stores(node):
+            mine = part(range(len(samples.shard_ids)), number, of)
+            lacking = [shard for shard in self._opened(store, samples).lacking if shard in mine]
+            written = self._make(store, member, samples, lacking, budget)
+            done.append(Labelled(node.name, member.who, written, len(store.missing(samples)), store.directory))
+        return done
+
+    def reference(self, node: Node) -> Reference:
+        """What the student is compared with at every evaluation."""
+        data, members = self.members.plan.data, self.members.of(node)
+        found, samples = self._quality(node, members), data.held_out.limited(CHECKED)
+        budget = data.damage_budget(("held out",)) if samples.labels is None else 0
+        labels = self._complete(self.members.tested_stores(node, members), samples, budget)
+        return Reference(samples, labels.at_test_time, found.accuracy, found.chance, budget)
+
+    def _quality(self, node: Node, members: Sequence[Member]) -> Quality:
+        samples = self.members.plan.data.validation.limited(CHECKED)
+        assert samples.labels is not None, "validation sets are opened with labels"
+        labels = self._complete(self.members.tested_stores(node, members), samples, 0)
+        return quality(labels.at_test_time(np.arange(len(samples))), samples.labels)
+
+    def _complete(self, stores: Sequence[tuple[Store, Member]], samples: Samples, budget: int) -> StoredLabels:
+        """The labels of a set, by every teacher, after what was missing or damaged has been made."""
+        readers = tuple((self._reader(store, member, samples, budget), member.weight) for store, member in stores)
+        return StoredLabels(together([member for _, member in stores]), readers)
+
+    def _reader(self, store: Store, member: Member, samples: Samples, budget: int) -> Reader:
+        reader = self._opened(store, samples)
+        lacking = reader.lacking
+        self._make(store, member, samples, lacking, budget)
+        for fault in reader.open(lacking).values():
+            raise fault
+        return reader
+
+    def _opened(self, store: Store, samples: Samples) -> Reader:
+        """The labels that are there; damaged files are named and removed."""
+        reader, missing = Reader(store, samples), set(store.missing(samples))
+        for shard, fault in reader.open([s for s in range(len(samples.shard_ids)) if s not in missing]).items():
+            self.journal.note(f"warning: {fault}")
+            store.remove(samples, shard)
+        reader.expect_same_views()
+        return reader
+
+    def _make(self, store: Store, member: Member, samples: Samples, shards: Sequence[int], budget: int) -> int:
+        if not shards:
+            return 0
+        with self.journal.labelling(f"labelling {samples.name} by {member.who}") as progress:
+            work = Work(Damage(budget, self.journal.note), self.stop, progress)
+            return label(store, member.teacher, samples, shards, work)

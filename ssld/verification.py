@@ -1,0 +1,134 @@
+"""Are soft labels still what their teacher says? Every byte is checked, and the teacher is asked again about some."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ssld.contracts import Soft
+from ssld.data.loader import Damage, view_batches
+from ssld.data.samples import Samples
+from ssld.errors import LabelError, RecipeError
+from ssld.graph import make_plan
+from ssld.labels.inspect import Kept
+from ssld.labels.reader import Reader
+from ssld.labels.store import Store
+from ssld.members import Members
+from ssld.metrics import agreement
+from ssld.rundir import RunDirectory
+from ssld.teaching import CHECKED, Member, ask
+
+SAMPLED = 64
+AGREEMENT = 0.99
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A teacher's answers against what is kept of them.
+
+    agreement: share of views with the same most probable class; kl: mean KL(kept || teacher) in nats; largest: of all
+    differences of a probability.
+    """
+
+    images: int
+    views: int
+    agreement: float
+    kl: float
+    largest: float
+
+
+def verify_all(
+    found: list[Kept], run: Path | None, tolerance: float, report: Callable[[str], None]
+) -> tuple[list[tuple[str, ...]], list[str]]:
+    """Verify several directories of labels: a row of a table for each, and all that is wrong.
+
+    run: one that uses them, the one that each lies in when left out; tolerance: the largest mean KL, in nats.
+    """
+    rows, faults = [], []
+    for kept in found:
+        broken = [str(fault) for _, _, fault in kept.headers() if fault]
+        faults += broken
+        if broken or not kept.files:
+            rows.append((kept.directory.name, str(len(kept.files)), *[""] * 5))
+            continue
+        verdict = verify(kept, run or run_of(kept), report)
+        if verdict.agreement < AGREEMENT or not verdict.kl <= tolerance:
+            faults.append(
+                f"{kept.directory}: expected the teacher to agree with at least {AGREEMENT:.0%} of its labels and a KL "
+                f"of at most {tolerance:g}, got {verdict.agreement:.1%} and {verdict.kl:.2g}; remove them with ssld "
+                f"labels rm, and label again"
+            )
+        numbers = (f"{verdict.agreement:.4f}", f"{verdict.kl:.2g}", f"{verdict.largest:.2g}")
+        rows.append((kept.directory.name, str(len(kept.files)), str(verdict.images), str(verdict.views), *numbers))
+    return rows, faults
+
+
+def run_of(kept: Kept) -> Path:
+    """The run that a label directory lies in. Raises RecipeError where it lies in none."""
+    for parent in kept.directory.resolve().parents:
+        if RunDirectory(parent).exists():
+            return parent
+    raise RecipeError(
+        f"{kept.directory}: expected labels inside a run, got none above; name a run that uses them by --run"
+    )
+
+
+def verify(kept: Kept, run: Path, report: Callable[[str], None]) -> Verdict:
+    """Ask the teacher again about a sample of the images that have labels.
+
+    run: one whose recipe has the teacher and the images. Raises RecipeError where it does not use these labels.
+    """
+    recipe, options = RunDirectory(run).recorded()
+    members = Members(RunDirectory(run), make_plan(recipe, limit=options.limit), options, report)
+    for store, member, samples in _used(members):
+        if store.directory.resolve() == kept.directory.resolve():
+            return _compare(store, member, samples)
+    raise RecipeError(f"{run}: expected a run that uses the labels of {kept.directory}, got one that does not")
+
+
+def _used(members: Members) -> Iterator[tuple[Store, Member, Samples]]:
+    """All the labels that a run uses."""
+    data = members.plan.data
+    for node in members.plan.nodes:
+        if not node.settings.taught_by:
+            continue
+        if node.settings.stored:
+            for store, member in members.stores(node):
+                yield store, member, data.named(node.settings.data)
+        for store, member in members.tested_stores(node, members.of(node)):
+            yield store, member, data.validation.limited(CHECKED)
+
+
+def _compare(store: Store, member: Member, samples: Samples) -> Verdict:
+    about, reader = store.description, Reader(store, samples)
+    missing = set(store.missing(samples))
+    for fault in reader.open([shard for shard in range(len(samples.shard_ids)) if shard not in missing]).values():
+        raise fault
+    reader.expect_same_views()
+    labeled = np.concatenate([np.empty(0, np.int64), *(reader.indices(shard) for shard in reader.shards)])
+    if not len(labeled):
+        raise LabelError(f"{store.directory}: expected labels of {samples.name}, got none")
+    chosen = labeled[np.linspace(0, len(labeled) - 1, min(SAMPLED, len(labeled))).astype(int)]
+    answers, rows = [], []
+    batches = view_batches(
+        samples, about.pipeline, about.replay, batch_size=64, indices=chosen.tolist(), damage=Damage(len(chosen))
+    )
+    for batch in batches:
+        names = [samples.where(int(index)) for index in batch.indices]
+        answers.append(ask(member.teacher, batch.images[0], len(about.classes), about.who, names))
+        rows.append(np.stack([batch.indices, batch.views]))
+    logits, (indices, views) = np.concatenate(answers), np.concatenate(rows, axis=1)
+    kept = reader.at(indices, views)
+    same, kl = agreement(logits, kept)
+    return Verdict(len(chosen), len(indices), same, kl, _largest(logits, kept))
+
+
+def _largest(logits: np.ndarray, kept: Soft) -> float:
+    fresh = np.exp(logits / kept.temperature - np.logaddexp.reduce(logits / kept.temperature, axis=1, keepdims=True))
+    stored = np.exp(kept.logits / kept.temperature)
+    if kept.ids is not None:
+        fresh, stored = np.take_along_axis(fresh, kept.ids, axis=1), stored[:, :-1]
+    return float(np.abs(fresh - stored).max())
