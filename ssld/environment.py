@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 from importlib import metadata
@@ -10,12 +11,18 @@ from pathlib import Path
 PADDLE, PADDLE_GPU = "paddlepaddle", "paddlepaddle-gpu"
 
 
+@functools.cache
 def installed(package: str) -> str:
     """The version of an installed distribution, or nothing."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return ""
+
+
+def numba_version() -> str:
+    """The numba that computes depthwise convolutions in training on a CPU; nothing where paddle does."""
+    return "" if os.environ.get("SSLD_FAST_CONV") == "0" else installed("numba")
 
 
 def environment() -> dict[str, str]:
@@ -26,6 +33,7 @@ def environment() -> dict[str, str]:
         "cpu": cpu_name(),
         "python": platform.python_version(),
         **{package: installed(package) for package in ("ssld", PADDLE, PADDLE_GPU, "numpy", "pillow")},
+        "depthwise": f"numba {numba} with llvmlite {installed('llvmlite')}" if (numba := numba_version()) else "paddle",
         **{name: os.environ.get(name, "") for name in names},
     }
 

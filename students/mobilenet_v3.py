@@ -18,6 +18,7 @@ from paddle.nn import functional as F
 from paddle.regularizer import L2Decay
 
 from ssld.errors import RecipeError
+from ssld.train.depthwise import DepthwiseConv2D
 
 STEM_WIDTH = 16
 FEATURES = 1280
@@ -80,7 +81,8 @@ def make_divisible(channels: float) -> int:
 def _conv_bn(
     width_in: int, width: int, kernel: int, stride: int = 1, groups: int = 1, act: Activation | None = None
 ) -> nn.Sequential:
-    conv = nn.Conv2D(width_in, width, kernel, stride, padding=kernel // 2, groups=groups, bias_attr=False)
+    make = DepthwiseConv2D if groups > 1 else nn.Conv2D
+    conv = make(width_in, width, kernel, stride, padding=kernel // 2, groups=groups, bias_attr=False)
     undecayed = paddle.ParamAttr(regularizer=L2Decay(0.0))
     # not BatchNorm2D: the same numbers, but paddle 3.3.1 warns at every step of training
     bn = nn.BatchNorm(width, momentum=0.9, epsilon=1e-5, param_attr=undecayed, bias_attr=undecayed)
