@@ -4,6 +4,7 @@
     ├── RecipeError      2   a recipe, an option or the stage graph is wrong; nothing was spent
     ├── DataError       65   images, shards, labels or classes are not what was expected
     │   ├── CheckpointError  a checkpoint or a weights file is damaged or does not fit
+    │   ├── LabelError       a file of soft labels is missing, damaged, or not the one it should be
     │   └── TeacherError     what a teacher returned, or how good it is, cannot be trusted
     ├── PluginError     70   a plug-in is named twice, fails to import or breaks its contract
     ├── OutputError     73   a directory cannot be created or written
@@ -36,6 +37,10 @@ class DataError(SsldError):
 
 class CheckpointError(DataError):
     """A checkpoint or a weights file is damaged, or does not fit the network."""
+
+
+class LabelError(DataError):
+    """A file of soft labels is missing, damaged, or not the one it should be."""
 
 
 class TeacherError(DataError):
