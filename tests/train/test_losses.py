@@ -1,16 +1,21 @@
 """Losses against a float64 reckoning in numpy, and by the relations that hold between them."""
 
+from dataclasses import replace
+
 import numpy as np
 import paddle
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from ssld.contracts import Soft
 from ssld.errors import DataError, PluginError, RecipeError
 from ssld.settings import Named
 from ssld.train import losses
 
 
 def softmax(x):
-    x = np.exp(x - x.max(axis=1, keepdims=True))
+    x = np.exp(x - x.real.max(axis=1, keepdims=True))
     return x / x.sum(axis=1, keepdims=True)
 
 
@@ -135,7 +140,7 @@ def test_ce_minus_kl_is_the_teachers_entropy(pair, temperature):
 def test_a_batch_is_its_samples_one_by_one(loss, pair):
     s, t = (logits.astype(np.float32) for logits in pair)
     alone = [value(loss, s[i : i + 1], t[i : i + 1]) for i in range(len(s))]
-    np.testing.assert_array_equal(value(loss, s, t), np.concatenate(alone))
+    np.testing.assert_allclose(value(loss, s, t), np.concatenate(alone), rtol=1e-6, atol=1e-7)
 
 
 @both
@@ -216,9 +221,252 @@ def test_hard_ce_refuses_labels_of_another_shape(labels):
         losses.hard_ce(paddle.zeros([2, 3]), paddle.to_tensor(labels))
 
 
+def coarse(logits, ids, temperature=1.0):
+    """Logits of the coarser classification at the temperature: the classes of `ids`, and all others as one."""
+    p = softmax(logits / temperature)
+    others = np.ones(p.shape, bool)
+    np.put_along_axis(others, ids, False, axis=1)
+    return temperature * np.log(np.column_stack([np.take_along_axis(p, ids, axis=1), (p * others).sum(axis=1)]))
+
+
+def derivative(function, x):
+    """Of the sum of what a function of rows returns, by x: the imaginary part of a step in imaginary direction.
+
+    Exact to rounding, since nothing is subtracted (Squire and Trapp 1998).
+    """
+    columns = np.eye(x.shape[1]) * 1e-30j
+    return np.column_stack([function(x + column).imag / 1e-30 for column in columns])
+
+
+def sparse(teacher, k, temperature=1.0, seed=0):
+    """Soft labels of any k classes of each sample, in no order."""
+    order = np.random.default_rng(seed).permuted(np.tile(np.arange(teacher.shape[1]), (len(teacher), 1)), axis=1)
+    ids = order[:, :k].copy()
+    return Soft(ids, coarse(teacher, ids, temperature).astype(np.float32), temperature)
+
+
+def evaluated(loss, s, soft):
+    """Losses and their gradient by the student's logits."""
+    student = paddle.to_tensor(s, stop_gradient=False)
+    result = loss(student, soft)
+    result.sum().backward()
+    return result.numpy(), student.grad.numpy()
+
+
+@st.composite
+def batches(draw):
+    """Students, teachers, and how many classes the labels hold at which temperature."""
+    classes = draw(st.integers(2, 12))
+    scale = draw(st.sampled_from([0.1, 2.0, 8.0]))
+    draws = np.random.default_rng(draw(st.integers(0, 2**32))).normal(0, scale, (2, draw(st.integers(1, 4)), classes))
+    soft = sparse(draws[1], draw(st.integers(1, classes - 1)), draw(st.sampled_from([0.5, 1.0, 4.0])))
+    return draws[0], soft
+
+
+@given(batches())
+@settings(max_examples=60, deadline=None)
+def test_bucketed_logits_and_their_gradient(batch):
+    s, soft = batch
+    weight = np.random.default_rng(0).normal(0, 1, soft.logits.shape)
+    student = paddle.to_tensor(s, stop_gradient=False)
+    result = losses.bucketed(student, soft)
+    (result * paddle.to_tensor(weight)).sum().backward()
+    t = soft.temperature
+    np.testing.assert_allclose(softmax(result.numpy() / t), softmax(coarse(s, soft.ids, t) / t), rtol=1e-9)
+    # coarse() gives logits less a constant of each row, the student's own normalizer
+    slope = derivative(
+        lambda x: ((coarse(x, soft.ids, t) + t * np.log(np.exp(x / t).sum(axis=1, keepdims=True))) * weight).sum(
+            axis=1
+        ),
+        s,
+    )
+    np.testing.assert_allclose(student.grad.numpy(), slope, rtol=1e-9, atol=1e-12)
+
+
+@both
+@given(batch=batches())
+@settings(max_examples=30, deadline=None)
+def test_sparse_labels_equal_the_float64_reckoning(loss, reckoned, batch):
+    s, soft = batch
+    options = {"temperature": soft.temperature} if loss is losses.kl else {}
+    # a loss without a temperature of its own reads the labels at 1
+    soft = soft if options else replace(soft, temperature=1.0)
+
+    def expected(x):
+        return reckoned(coarse(x, soft.ids, soft.temperature), soft.logits.astype(np.float64), **options)
+
+    found, slope = evaluated(losses.named(Named(name=loss.__name__, **options)), s, soft)
+    np.testing.assert_allclose(found, expected(s), rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(slope, derivative(expected, s), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("scale", [0.1, 3.0])
+@both
+def test_sparse_labels_in_single_precision(loss, reckoned, scale):
+    s, t = np.random.default_rng(5).normal(0, scale, (2, 4, 1000)).astype(np.float32)
+    soft = sparse(t.astype(np.float64), 10)
+
+    def expected(x):
+        return reckoned(coarse(x, soft.ids), soft.logits.astype(np.float64))
+
+    found, slope = evaluated(losses.named(Named(name=loss.__name__)), s, soft)
+    assert found.dtype == slope.dtype == np.float32
+    np.testing.assert_allclose(found, expected(s.astype(np.float64)), rtol=2e-6, atol=1e-6)
+    np.testing.assert_allclose(slope, derivative(expected, s.astype(np.float64)), atol=1e-6)
+
+
+@names
+def test_labels_of_all_classes_but_one_are_dense_labels(loss, pair):
+    s, t = pair
+    soft = sparse(t, t.shape[1] - 1)
+    bound = losses.named(Named(name=loss.__name__))
+    found, slope = evaluated(bound, s, soft)
+    np.testing.assert_allclose(found, value(loss, s, t), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(slope, gradient(loss, s, t), rtol=1e-5, atol=1e-6)
+
+
+@names
+def test_dense_labels_are_not_bucketed(loss, pair):
+    s, t = (logits.astype(np.float32) for logits in pair)
+    found, slope = evaluated(losses.named(Named(name=loss.__name__)), s, Soft(None, t))
+    np.testing.assert_array_equal(found, value(loss, s, t))
+    np.testing.assert_array_equal(slope, gradient(loss, s, t))
+
+
+@names
+@given(batch=batches(), seed=st.integers(0, 99))
+@settings(max_examples=20, deadline=None)
+def test_the_order_of_the_kept_classes_means_nothing(loss, batch, seed):
+    s, soft = batch
+    soft = replace(soft, temperature=1.0)
+    k = soft.ids.shape[1]
+    order = np.random.default_rng(seed).permutation(k)
+    turned = replace(soft, ids=soft.ids[:, order], logits=soft.logits[:, [*order, k]])
+    bound = losses.named(Named(name=loss.__name__))
+    for one, other in zip(evaluated(bound, s, soft), evaluated(bound, s, turned), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("odds", [-700.0, -69.0, -1.0, 3.0, 69.0, 700.0])
+def test_one_class_and_a_rest_of_any_mass(odds):
+    """Closed form: KL's gradient is the student's mass less the teacher's, of which each other class has its share.
+
+    odds: log of the student's mass of the one class over that of the three others, 1e-30 at ± 69.
+    """
+    s, soft = np.float64([[0.0, odds + np.log(3), 0.0, 0.0]]), Soft(np.int64([[1]]), np.float32([[0.0, 0.0]]))
+    log_kept, log_rest = -np.logaddexp(0, -odds), -np.logaddexp(0, odds)
+    push = np.exp(log_kept) - 0.5
+    for logits in (s, s.astype(np.float32)):
+        found, slope = evaluated(losses.named(Named(name="kl")), logits, soft)
+        np.testing.assert_allclose(found, -np.log(2) - (log_kept + log_rest) / 2, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(slope, [[-push / 3, push, -push / 3, -push / 3]], atol=1e-6)
+
+
+@names
+@pytest.mark.parametrize("gap", [-3e4, -200.0, 200.0, 3e4])
+def test_sparse_labels_stay_finite_at_the_ends_of_the_scale(loss, gap):
+    """A student whose whole mass, or none of it, is outside the K; a teacher that leaves nothing to the others."""
+    s = np.float32([[gap, gap - 1, 0.0, -1.0, -gap], [0.0, gap, gap, gap, 0.0], [-gap, gap, 0.0, gap, gap]])
+    for rest in (-104.0, 0.0, 50.0):
+        soft = Soft(np.int64([[0, 1], [4, 1], [2, 0]]), np.float32([[0.0, -1.0, rest]] * 3))
+        found, slope = evaluated(losses.named(Named(name=loss.__name__)), s, soft)
+        assert np.isfinite(found).all()
+        assert np.isfinite(slope).all()
+        np.testing.assert_allclose(slope.sum(axis=1), 0, atol=2e-2)
+
+
+def test_a_tiny_rest_of_the_teacher_pushes_the_students_rest_down():
+    s = np.float64([[1.0, 0.5, 0.0, 2.0]])
+    for reckoned_loss in (losses.js, losses.kl, losses.ce):
+        soft = Soft(np.int64([[0, 3]]), np.float32([[0.0, 0.0, -104.0]]))
+        _, slope = evaluated(losses.named(Named(name=reckoned_loss.__name__)), s, soft)
+        share = np.exp(s[0, 1:3]) / np.exp(s[0, 1:3]).sum()
+        assert (slope[0, 1:3] > 0).all()
+        np.testing.assert_allclose(slope[0, 1:3] / slope[0, 1:3].sum(), share, rtol=1e-12)
+
+
+def test_bucketing_changes_neither_logits_nor_labels_and_gives_the_same_bits_again():
+    s, t = np.random.default_rng(2).normal(0, 3, (2, 8, 100)).astype(np.float32)
+    soft, bound = sparse(t, 5), losses.named(Named(name="js"))
+    ids, student = soft.ids.copy(), paddle.to_tensor(s, stop_gradient=False)
+    bound(student, soft).sum().backward()
+    first = student.grad.numpy().copy()
+    student.clear_gradient(set_to_zero=False)
+    bound(student, soft).sum().backward()
+    np.testing.assert_array_equal(student.grad.numpy(), first)
+    np.testing.assert_array_equal(student.numpy(), s)
+    np.testing.assert_array_equal(soft.ids, ids)
+
+
+def test_a_bucketed_batch_is_its_samples_one_by_one():
+    s, t = np.random.default_rng(2).normal(0, 3, (2, 8, 100)).astype(np.float32)
+    soft, bound = sparse(t, 5), losses.named(Named(name="js"))
+    whole = evaluated(bound, s, soft)
+    alone = [evaluated(bound, s[[i]], Soft(soft.ids[[i]], soft.logits[[i]])) for i in range(len(s))]
+    for one, many in zip(whole, zip(*alone, strict=True), strict=True):
+        np.testing.assert_allclose(one, np.concatenate(many), rtol=1e-6, atol=1e-7)
+
+
+def test_gradients_of_soft_and_hard_labels_add_up():
+    s, t = np.random.default_rng(2).normal(0, 3, (2, 8, 100))
+    soft, hard, bound = sparse(t, 5), paddle.arange(8), losses.named(Named(name="js"))
+    _, both_slopes = evaluated(lambda logits, soft: bound(logits, soft) + losses.hard_ce(logits, hard), s, soft)
+    _, soft_slope = evaluated(bound, s, soft)
+    _, hard_slope = evaluated(lambda logits, _: losses.hard_ce(logits, hard), s, soft)
+    np.testing.assert_allclose(both_slopes, soft_slope + hard_slope, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [[[0, 1]], [[0, 5], [0, 1]], [[0, -1], [0, 1]], [[0, 1], [3, 3]], [[0, 1, 2, 3, 4]] * 2, [[], []]],
+    ids=["one sample", "class 5", "class -1", "twice", "all classes", "none"],
+)
+def test_labels_of_other_classes_are_refused(ids):
+    ids = np.array(ids, np.int64)
+    soft = Soft(ids, np.zeros((len(ids), ids.shape[1] + 1), np.float32))
+    with pytest.raises(DataError, match="classes 0 to 4, each once, for 2 samples"):
+        losses.bucketed(paddle.zeros([2, 5]), soft)
+
+
 def test_named_binds_the_options(pair):
+    s, t = (logits.astype(np.float32) for logits in pair)
     loss = losses.named(Named(name="kl", temperature=4.0))
-    np.testing.assert_array_equal(value(loss, *pair), value(losses.kl, *pair, temperature=4.0))
+    found, _ = evaluated(loss, s, Soft(None, t))
+    np.testing.assert_array_equal(found, value(losses.kl, s, t, temperature=4.0))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "stored"), [("kl", {"temperature": 4.0}, 1.0), ("kl", {}, 4.0), ("js", {}, 4.0)], ids=str
+)
+def test_sparse_labels_of_another_temperature_are_refused(name, options, stored):
+    loss = losses.named(Named(name=name, **options))
+    s, t = np.random.default_rng(2).normal(0, 3, (2, 3, 7))
+    wanted = (
+        rf"made at its temperature, {options.get('temperature', 1.0)}, got {stored}, and 2 of 7 classes; .*top_k: 7"
+    )
+    with pytest.raises(RecipeError, match=wanted):
+        loss(paddle.to_tensor(s), sparse(t, 2, stored))
+
+
+def test_labels_of_all_classes_serve_every_temperature(pair):
+    s, t = (logits.astype(np.float32) for logits in pair)
+    loss = losses.named(Named(name="kl", temperature=4.0))
+    warm, _ = evaluated(loss, s, Soft(None, t, temperature=2.0))
+    np.testing.assert_array_equal(warm, evaluated(loss, s, Soft(None, t))[0])
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 3.0}], ids=["default", "option"])
+def test_a_strangers_temperature_counts(options, monkeypatch):
+    def warm(student, teacher, temperature: float = 2.0):
+        return losses.kl(student, teacher, temperature)
+
+    monkeypatch.setattr(losses, "js", warm)
+    loss, wanted = losses.named(Named(name="js", **options)), options.get("temperature", 2.0)
+    s, t = np.random.default_rng(2).normal(0, 3, (2, 3, 7))
+    found, _ = evaluated(loss, s, sparse(t, 2, wanted))
+    assert (found > 0).all()
+    with pytest.raises(RecipeError, match=f"its temperature, {wanted}, got 1.0"):
+        loss(paddle.to_tensor(s), sparse(t, 2))
 
 
 @pytest.mark.parametrize(
@@ -240,4 +488,10 @@ def test_named_refuses_an_unknown_loss():
 def test_named_refuses_what_is_not_one_value_per_sample(result, monkeypatch):
     monkeypatch.setattr(losses, "js", lambda student, teacher: result(student))
     with pytest.raises(PluginError, match="one value per sample"):
+        losses.named(Named(name="js"))
+
+
+def test_named_tries_a_loss_in_the_sparse_form_too(monkeypatch):
+    monkeypatch.setattr(losses, "js", lambda student, teacher: student.sum() if student.shape[1] < 3 else student[:, 0])
+    with pytest.raises(PluginError, match=r"for logits \[2, 2\]"):
         losses.named(Named(name="js"))
