@@ -18,13 +18,14 @@ from ssld.data.sources import open_source
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.option("--labeled", type=click.IntRange(min=1), required=True, help="Images that keep their label.")
-def main(folder: Path, labeled: int) -> None:
+@click.option("--pool", type=click.IntRange(min=1), help="Images of the pool; all the others when left out.")
+def main(folder: Path, labeled: int, pool: int | None) -> None:
     """Write the three files."""
     samples = open_source(str(folder), labeled=True)
     assert samples.labels is not None
     assert samples.classes is not None
     order = spread(samples.labels, "labeled part")
-    for name, chosen in (("labeled", order[:labeled]), ("pool", order[labeled:])):
+    for name, chosen in (("labeled", order[:labeled]), ("pool", order[labeled:][:pool])):
         lines = [f"{samples.key(int(i))} {samples.labels[i]}\n" for i in np.sort(chosen)]
         (folder.parent / f"{name}.txt").write_text("".join(lines))
     (folder.parent / "classes.txt").write_text("".join(f"{name}\n" for name in samples.classes))

@@ -37,6 +37,8 @@ classes, which the backward half of the loss `js` sees; benchmarks/label_size.py
 """
 QUANTIZER = f"sqrt 8 bit to {LIMIT} nats"
 """How a log-probability becomes a code, for headers: in equal steps of its square root, the finer the nearer to 1."""
+FIRST = 1e-5
+"""Nats that the most probable class is raised by, to stay the most probable one beside another of the same code."""
 HEADER_LIMIT = 2**20
 """Bytes of JSON in front of the arrays; a real one has two thousand."""
 _BLOCK = 2**20  # logits that are worked on at a time, so that memory does not grow with the rows
@@ -114,6 +116,7 @@ def unpack(packed: Packed, classes: int, top_k: int, temperature: float = 1.0) -
         raise ValueError(f"expected {wanted.ids.size} bytes of ids and {top_k} codes for each label, got {widths}")
     ids = _unpack_ids(packed.ids, classes, top_k)
     stored = np.concatenate([restore(packed.codes), np.asarray(packed.rest, np.float64)[..., None]], axis=-1)
+    stored[..., 0] += FIRST
     total = np.log(np.exp(stored).sum(axis=-1, keepdims=True))
     logits = (temperature * (stored - total)).astype(np.float32)
     if top_k < classes:
