@@ -32,7 +32,7 @@ from ssld.errors import LabelError
 LIMIT = 24
 """Nats; a class less probable than exp(-24) = 4e-11 is kept as if it were that probable.
 
-Up to 16 nats, the codes would be finer by a third, but a teacher that is certain would be off by several nats in most
+With 16, the KL to the teacher would be a third less, but one that is certain would be off by several nats in most
 classes, which the backward half of the loss `js` sees; benchmarks/label_size.py compares.
 """
 QUANTIZER = f"sqrt 8 bit to {LIMIT} nats"
