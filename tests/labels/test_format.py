@@ -160,6 +160,21 @@ def test_ties_go_to_the_smaller_class_wherever_the_cut_is() -> None:
     assert unpacked_ids(pack(row[None], 50), 50, 50) == [everything]
 
 
+@pytest.mark.parametrize("classes", [3, 40, 65_536])
+@pytest.mark.parametrize("temperature", [0.1, 1.0, 20.0])
+def test_the_most_probable_class_stays_so_beside_others_of_the_same_code(classes: int, temperature: float) -> None:
+    row = np.zeros(classes, np.float32)
+    row[2] = 1e-6
+    for top_k in {2, 3, min(classes, 40)}:
+        packed = pack(row, top_k, temperature)
+        assert len(set(packed.codes.tolist())) == 1
+        soft = unpack(packed, classes, top_k, temperature)
+        named = soft.logits if soft.ids is None else soft.logits[:-1]
+        first = named.argmax() if soft.ids is None else soft.ids[named.argmax()]
+        assert first == 2
+        assert (named == named.max()).sum() == 1
+
+
 def test_logits_decide_ties_even_where_the_temperature_makes_them_equal() -> None:
     row = np.float32([1.0, np.nextafter(np.float32(1), np.float32(2)), 0.0])
     assert unpack(pack(row[None], 2, 1e6), 3, 2, 1e6).ids.tolist() == [[1, 0]]
