@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import mmap
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -178,7 +179,7 @@ class Store:
         """Take a label file away, where it is there."""
         path = self.file(samples, shard)
         with reported(path, 0):
-            if path.exists():
+            if os.path.lexists(path):
                 disk.remove(path)
 
     def _header(self, samples: Samples, shard: int, probe: Probe | None) -> dict[str, Any]:
