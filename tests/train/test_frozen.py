@@ -8,11 +8,13 @@ import numpy as np
 import paddle
 import pytest
 from paddle import nn
+from paddle.base import core
 
-from ssld.errors import DataError, SsldError
+from ssld.errors import DataError, RecipeError, SsldError
 from ssld.train.frozen import Frozen, _eager
 
 SIZE = 16
+needs_bfloat16 = pytest.mark.skipif(not core.supports_bfloat16(), reason="bfloat16 needs a CPU with AVX-512")
 
 
 def network(seed=0, classes=5):
@@ -214,13 +216,50 @@ class Treacherous(nn.Layer):
 def test_a_wrong_engine_is_never_trusted(level, exported):
     frozen = Frozen(Treacherous(level, exported), SIZE)
     for _ in range(2):
-        with pytest.raises(SsldError, match="exported Treacherous to answer as the layer itself"):
+        with pytest.raises(SsldError, match="exported Treacherous in float32 to answer as the layer itself"):
             frozen(images(12))
 
 
 @pytest.mark.parametrize(("level", "off"), [(0.0, 0.0005), (100.0, 0.05)])
 def test_the_tolerance_is_relative_to_the_largest_logit(level, off):
     assert Frozen(Treacherous(level, lambda logits: logits + off), SIZE)(images(12)).shape == (12, 4)
+
+
+@needs_bfloat16
+def test_bfloat16_is_near_float32_and_another(layer, frozen):
+    """A product of two numbers of 8 bits is off by at most a part in 128; some dozen of them follow each other."""
+    rough = Frozen(layer, SIZE, precision="bfloat16")
+    logits, exact = rough(images(20)), expected(layer, images(20))
+    assert logits.dtype == np.float32
+    assert 1e-5 < np.abs(logits - exact).max() < 0.02 * np.abs(exact).max()
+    np.testing.assert_allclose(frozen(images(20)), exact, atol=1e-5)
+
+
+@needs_bfloat16
+def test_the_bits_of_bfloat16_depend_neither_on_the_batch_nor_on_threads(layer):
+    one, two = (Frozen(layer, SIZE, precision="bfloat16", threads=threads) for threads in (1, 2))
+    batch = images(16)
+    parts = [one(batch[start : start + 5]) for start in range(0, 16, 5)]
+    np.testing.assert_array_equal(np.concatenate(parts), one(batch))
+    np.testing.assert_array_equal(two(batch), one(batch))
+
+
+@needs_bfloat16
+def test_bfloat16_may_be_off_by_more_but_not_by_much():
+    def answer(off):
+        return Frozen(Treacherous(10.0, lambda logits: logits + off), SIZE, precision="bfloat16")(images(12))
+
+    assert answer(0.3).shape == (12, 4)
+    with pytest.raises(SsldError, match=r"Treacherous in bfloat16 to answer .* leave precision out"):
+        answer(3.0)
+
+
+def test_bfloat16_is_refused_where_it_would_not_be_used(layer, monkeypatch):
+    with pytest.raises(RecipeError, match=r"precision: bfloat16 is for --device cpu, got gpu"):
+        Frozen(layer, SIZE, device="gpu", precision="bfloat16")
+    monkeypatch.setattr(core, "supports_bfloat16", lambda: False)
+    with pytest.raises(RecipeError, match=r"precision: bfloat16 needs a CPU with AVX-512"):
+        Frozen(layer, SIZE, precision="bfloat16")
 
 
 def test_eager_answers_the_same(layer, frozen):
