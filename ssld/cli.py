@@ -79,6 +79,7 @@ def main() -> None:
 @with_recipe
 @click.option("--out", type=click.Path(path_type=Path), help="The run directory; runs/NAME when left out.")
 @click.option("--device", type=click.Choice(["cpu", "gpu"]), default="cpu", show_default=True)
+@click.option("--until", metavar="STAGE", help="Stop after this stage (number or name).")
 @click.option("--rerun", is_flag=True, help="Do again what a changed recipe affects; old results move to attempt.N.")
 @click.option("--trust-teacher", is_flag=True, help="Go on with a teacher that is no better than chance.")
 def run(recipe: str, out: Path | None, overrides: tuple[str, ...], **options: Any) -> None:
@@ -132,6 +133,33 @@ def plan(recipe: str, out: Path | None, overrides: tuple[str, ...], limit: int |
     overview = ssld.plan(recipe, out, overrides=overrides, limit=limit)
     remark(overview)
     show(*overview.forecast())
+
+
+@main.command(short_help="Say how good the teachers are, before anything is spent.")
+@with_recipe
+@click.option("--out", type=click.Path(path_type=Path), help="The run directory; runs/NAME when left out.")
+@click.option("--device", type=click.Choice(["cpu", "gpu"]), default="cpu", show_default=True)
+def check(recipe: str, out: Path | None, device: str, **options: Any) -> None:
+    """\b
+    Example:
+      ssld check mine.yaml
+
+    Say how good the teachers of a recipe are on at most 1,000 validation images, in at most a minute for each. A
+    poor one is shown the images with other normalizations and sizes too. Writes only the index cache.
+    """
+    from ssld.examination import examine_all
+    from ssld.train.networks import use_device
+
+    use_device(device)
+    report = examine_all(recipe, out, device=device, **options)
+    for line in report.remarks:
+        click.echo(line, err=True)
+    show(*report.table())
+    for found in report.examined:
+        if found.finding:
+            click.echo(f"\n{found.finding}")
+            show(*found.table())
+    report.raise_faults()
 
 
 @main.command(short_help="Make the soft labels that a recipe keeps, without training.")

@@ -33,16 +33,19 @@ def run(
     limit: int | None = None,
     rerun: bool = False,
     trust_teacher: bool = False,
+    until: str | int | None = None,
 ) -> Overview:
     """Do what the recipe says, or go on where an earlier run of it stopped.
 
     out: the run directory, runs/NAME when left out; overrides: "key.path=value"; limit: a smoke run on so many images
-    of each set. Raises ChangedError when the directory holds results of another recipe and rerun is not set.
+    of each set; until: the number or name of the last stage to do. Raises ChangedError when the directory holds results
+    of another recipe and rerun is not set.
     """
     read = recipe if isinstance(recipe, Recipe) else read_recipe(recipe, overrides)
     directory = Path(out) if out is not None else Path("runs") / read.name
     plan = make_plan(read, limit=limit)
-    return Runner(directory, plan, Options(device, limit, trust_teacher)).run(rerun=rerun)
+    last = plan.find(str(until)) if until is not None else None
+    return Runner(directory, plan, Options(device, limit, trust_teacher)).run(rerun=rerun, last=last)
 
 
 def resume(out: str | Path | None = None, *, stage: str | int | None = None) -> Overview:
@@ -161,14 +164,14 @@ class Runner:
         self.options = options
         self.stop = Stop()
 
-    def run(self, *, rerun: bool = False, first: Node | None = None) -> Overview:
-        """Run every stage that is not done; `first` and what follows it starts again."""
+    def run(self, *, rerun: bool = False, first: Node | None = None, last: Node | None = None) -> Overview:
+        """Run every stage that is not done, up to `last`; `first` and what follows it starts again."""
         self.directory.claim()
         with RunLock(self.directory.path):
             self.directory.clear()
             journal = Journal(self.directory.path)
             try:
-                return self._run(journal, rerun, first)
+                return self._run(journal, rerun, first, last)
             except SsldError as error:
                 if not isinstance(error, ChangedError):
                     journal.detail(f"Error: {error}")
@@ -178,7 +181,7 @@ class Runner:
             finally:
                 journal.close()
 
-    def _run(self, journal: Journal, rerun: bool, first: Node | None) -> Overview:
+    def _run(self, journal: Journal, rerun: bool, first: Node | None, last: Node | None) -> Overview:
         again = self.plan.nodes[self.plan.nodes.index(first) :] if first is not None else ()
         before = self._statuses(journal, again)
         for node, status in before:
@@ -188,11 +191,13 @@ class Runner:
         why = what_changed(self.directory, self.plan, self.options, before) if changed else []
         if changed and not rerun:
             raise refusal(self.directory.path, changed, why)
-        todo = [node for node, status in before if status.kind != "done" or node in again]
-        untested = self._untested()
+        left = [node for node, status in before if status.kind != "done" or node in again]
+        wanted = self.plan.nodes[: self.plan.nodes.index(last) + 1] if last is not None else self.plan.nodes
+        todo = [node for node in left if node in wanted]
+        untested = todo == left and self._untested()
         if todo or untested:
             reason = f"starting again from stage {first.number} {first.name}" if first else "; ".join(why)
-            self._work(todo, Old((*changed, *again), before, reason), journal)
+            self._work(todo, Old((*changed, *again), before, reason), journal, untested)
         after = self._statuses(journal)
         return Overview(self.directory.path, tuple(after), fresh=bool(todo or untested), test=self._test_metrics())
 
@@ -208,8 +213,8 @@ class Runner:
                 found.append((node, Status("new", "damaged")))
         return found
 
-    def _work(self, todo: list[Node], old: Old, journal: Journal) -> None:
-        """Try everything once, set old results aside, run what is to do, and look at the test set."""
+    def _work(self, todo: list[Node], old: Old, journal: Journal, untested: bool) -> None:
+        """Try everything once, set old results aside, run what is to do, and look at the test set where it is time."""
         fresh = not self.directory.exists()
         if not old.nodes:
             self._begin()
@@ -221,8 +226,8 @@ class Runner:
         with self.stop.listening():
             try:
                 preflight(todo, inputs)
-            except SsldError:
-                if fresh:
+            except SsldError as error:
+                if fresh and not isinstance(error, Interrupted):
                     self.directory.forget()
                 raise
             self.stop.check("before anything was spent")
@@ -234,7 +239,7 @@ class Runner:
             for node in todo:
                 self._run_stage(node, inputs)
                 self.stop.check(f"after {node.name}, which is finished")
-            if self._untested() and self.plan.data.test is not None:
+            if untested and self.plan.data.test is not None:
                 last = self.plan.nodes[-1]
                 metrics = score_checkpoint(inputs.members.finished(last.name), self.plan.data.test, self.options.device)
                 self.directory.keep_tested(last, self.plan.data.test.identity, metrics)

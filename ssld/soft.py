@@ -56,7 +56,8 @@ class SoftSource:
             # a smoke run is about the way, not about the result
             if not (options.trust_teacher or options.limit):
                 expect_better_than_chance(found, member.who)
-            self.journal.note(f"{member.who}: {found}")
+            engine = member.teacher.spec.engine
+            self.journal.note(f"{member.who}{f', run by {engine}' if engine else ''}: {found}")
 
     def labels(self, node: Node) -> SoftLabels:
         """The soft labels of a stage's data; where they are kept, what is missing is made now."""

@@ -223,6 +223,10 @@ OPERATORS: Mapping[str, type[Operator]] = {
 }
 
 
+MIXING = ("mixup", "cutmix", "fmix", "mixupcutmixhybrid")
+"""PaddleClas's operators that mix two images, with or without "Operator" behind it."""
+
+
 def read_operators(value: object) -> tuple[Operator, ...]:
     """The operators of a recipe: a list of `NAME` or `{NAME: {argument: value}}`.
 
@@ -240,6 +244,11 @@ def _operator(item: object) -> Operator:
     name, arguments = next(iter(item.items())) if isinstance(item, dict) and len(item) == 1 else (item, None)
     if not isinstance(name, str) or not isinstance(arguments, dict | None):
         raise ValueError(f"expected an operator as NAME or {{NAME: {{argument: value}}}}, got {item!r}")
+    if name.lower().removesuffix("operator") in MIXING:
+        raise ValueError(
+            f"expected operators on one image, got {name}: a soft label that is kept belongs to one view of one image, "
+            f"and SSLD mixes none; leave it out"
+        )
     if name not in OPERATORS:
         raise ValueError(f"expected an operator, got {name}; {near(name, OPERATORS)}")
     kind = OPERATORS[name]
