@@ -13,7 +13,7 @@ from ssld.data.loader import Batch, Replay
 from ssld.data.samples import Samples, digest
 from ssld.data.transforms import Pipeline, view
 from ssld.ensemble import average
-from ssld.errors import LabelError
+from ssld.errors import DataError, LabelError
 from ssld.labels.format import damaged, unpack
 from ssld.labels.store import Labels, Store
 from ssld.seeds import derive
@@ -67,7 +67,13 @@ class Reader:
                 continue
             index = int(self.samples.borders[shard]) + probe.sample
             seed = derive(about.replay.seed, self.samples.key(index), 0)
-            pixels = digest(view(decode(self.samples.read(index)), about.pipeline, seed))
+            data = self.samples.read(index)
+            try:
+                pixels = digest(view(decode(data), about.pipeline, seed))
+            except DataError as error:
+                raise LabelError(
+                    f"{self.samples.where(index)}: expected the image that the teacher saw, got: {error}; restore it"
+                ) from error
             if pixels != probe.pixels:
                 raise LabelError(
                     f"{self.store.file(self.samples, shard)}: expected {self.samples.where(index)} to be rendered as "
