@@ -44,13 +44,16 @@ def _merged(softs: Sequence[Soft], weights: Sequence[float], classes: int) -> tu
     """Class ids [B, K], their mean probabilities [B, K], and those of the rest [B]."""
     named = [soft.ids for soft in softs if soft.ids is not None]
     ids = np.concatenate(named, axis=1)
-    mean = np.zeros(ids.shape)
+    seen = np.tril(ids[:, :, None] == ids[:, None, :], -1).any(axis=2)
+    mean, unnamed = np.zeros(ids.shape), np.zeros(len(ids))
     for own, soft, weight in zip(named, softs, weights, strict=True):
         probabilities = _probabilities(soft)
         same = ids[:, :, None] == own[:, None, :]
         share = probabilities[:, -1:] / (classes - own.shape[1])
         mean += weight * np.where(same.any(axis=2), (same * probabilities[:, None, :-1]).sum(axis=2), share)
-    seen = np.tril(ids[:, :, None] == ids[:, None, :], -1).any(axis=2)
-    order = np.lexsort((ids, np.where(seen, 1.0, -mean)), axis=1)[:, : named[0].shape[1]]
-    kept = np.take_along_axis(mean, order, axis=1)
-    return np.take_along_axis(ids, order, axis=1), kept, 1 - kept.sum(axis=1)
+        unnamed += weight * share[:, 0] * (classes - (~seen).sum(axis=1))
+    order = np.lexsort((ids, np.where(seen, 1.0, -mean)), axis=1)
+    sorted_mean = np.take_along_axis(np.where(seen, 0.0, mean), order, axis=1)
+    kept, dropped = np.split(sorted_mean, [named[0].shape[1]], axis=1)
+    # the rest is summed by itself: near p = 1, the difference to 1 would be rounding alone
+    return np.take_along_axis(ids, order, axis=1)[:, : kept.shape[1]], kept, unnamed + dropped.sum(axis=1)
