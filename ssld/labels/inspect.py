@@ -33,6 +33,8 @@ class Kept:
             try:
                 header, _ = decode(path.read_bytes(), path)
                 yield path, header, self._stranger(path, header)
+            except OSError as error:
+                yield path, None, LabelError(f"{path}: expected a label file, got: {error.strerror}; remove it")
             except LabelError as error:
                 yield path, None, error
 
@@ -69,6 +71,8 @@ def remove(kept: Kept) -> None:
 def _open(directory: Path) -> Kept:
     try:
         about = json.loads((directory / DESCRIPTION).read_text("utf-8"))
+        if not isinstance(about, dict):
+            raise ValueError(f"no JSON object: {about!r}")
     except (OSError, ValueError) as error:
         raise LabelError(f"{directory / DESCRIPTION}: expected the description of the labels, got: {error}") from error
     return Kept(directory, about, tuple(sorted(directory.glob(f"*{SUFFIX}"))))
