@@ -12,7 +12,6 @@ import hashlib
 import json
 import mmap
 import os
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
