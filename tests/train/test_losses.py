@@ -455,18 +455,23 @@ def test_labels_of_all_classes_serve_every_temperature(pair):
     np.testing.assert_array_equal(warm, evaluated(loss, s, Soft(None, t))[0])
 
 
-@pytest.mark.parametrize("options", [{}, {"temperature": 3.0}], ids=["default", "option"])
-def test_a_strangers_temperature_counts(options, monkeypatch):
+@pytest.mark.parametrize(("options", "wanted"), [({}, 2.0), ({"temperature": 3.0}, 3.0)], ids=["default", "option"])
+@pytest.mark.parametrize("named_parameter", [True, False])
+def test_a_strangers_temperature_counts(options, wanted, named_parameter, monkeypatch):
     def warm(student, teacher, temperature: float = 2.0):
         return losses.kl(student, teacher, temperature)
 
-    monkeypatch.setattr(losses, "js", warm)
-    loss, wanted = losses.named(Named(name="js", **options)), options.get("temperature", 2.0)
+    def any_options(student, teacher, **more):
+        return losses.kl(student, teacher, **more)
+
+    wanted = wanted if named_parameter or options else 1.0
+    monkeypatch.setattr(losses, "js", warm if named_parameter else any_options)
+    loss = losses.named(Named(name="js", **options))
     s, t = np.random.default_rng(2).normal(0, 3, (2, 3, 7))
     found, _ = evaluated(loss, s, sparse(t, 2, wanted))
     assert (found > 0).all()
-    with pytest.raises(RecipeError, match=f"its temperature, {wanted}, got 1.0"):
-        loss(paddle.to_tensor(s), sparse(t, 2))
+    with pytest.raises(RecipeError, match=f"its temperature, {wanted}, got 0.5"):
+        loss(paddle.to_tensor(s), sparse(t, 2, 0.5))
 
 
 @pytest.mark.parametrize(
