@@ -11,17 +11,19 @@ import pytest
 from rich.console import Console
 
 from ssld import plugins
-from ssld.contracts import Model, Task
+from ssld.contracts import Model, Task, Teacher
 from ssld.data.samples import Samples
 from ssld.data.sources import open_source
 from ssld.data.transforms import Pipeline
 from ssld.journal import Journal
 from ssld.settings import Context
+from ssld.teaching import Member, OnlineLabels
 
 # a shell that starts the suite in the background makes it ignore Ctrl-C, and so everything that it tests
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 RESOLUTION = 16
+CLASSES = ("circle", "square", "triangle", "cross")
 TRAIN = Pipeline.read([{"RandCropImage": {"scale": [0.5, 1.0]}}, "RandFlipImage", "NormalizeImage"], RESOLUTION)
 EVAL = Pipeline.read([{"ResizeImage": {"resize_short": 18}}, "CropImage", "NormalizeImage"], RESOLUTION)
 
@@ -38,27 +40,33 @@ def shapes() -> Callable[..., Samples]:
 
 @pytest.fixture
 def make_task(tmp_path) -> Callable[..., Task]:
-    """make_task(kind, settings, **fields of Task): a task of that stage kind; 22 images, 2 epochs, batches of 8."""
+    """make_task(kind, settings, **fields of Task): a task of that stage kind; 22 images, 2 epochs, batches of 8.
+
+    teacher: one that is asked in every step, in place of the field `soft`.
+    """
     journal = Journal(tmp_path, Console(file=io.StringIO()))
 
-    def make(kind: str = "pretrain", settings: dict[str, Any] | None = None, **fields: Any) -> Task:
+    def make(
+        kind: str = "pretrain", settings: dict[str, Any] | None = None, teacher: Teacher | None = None, **fields: Any
+    ) -> Task:
         common = {"kind": kind, "data": "labeled", "epochs": 2, "batch_size": 8, "learning_rate": 0.05}
         student = {"student": "MobileNetV3_small_x0_35"}
         model = plugins.stage_kind(kind).settings
         data = fields.setdefault("data", open_shapes(22))
         chosen = model.model_validate({**common, **student, **(settings or {})})
-        resolved = chosen.resolved(Context(resolution=RESOLUTION, samples=len(data)))
-        classes = ("circle", "square", "triangle", "cross")
+        resolved = chosen.resolved(Context(resolution=RESOLUTION, samples=len(data), classes=len(CLASSES)))
+        members = (Member("the teacher of stage", teacher, 1.0),) if teacher else ()
         defaults = {
             "name": "stage",
-            "model": Model(resolved.student.name, resolved.student.options, classes, EVAL.at(resolved.resolution)),
+            "model": Model(resolved.student.name, resolved.student.options, CLASSES, EVAL.at(resolved.resolution)),
             "settings": resolved,
             "seed": 1,
             "device": "cpu",
             "validation": open_shapes(12, seed=1),
             "train": TRAIN.at(resolved.resolution),
             "initial": None,
-            "teacher": None,
+            "soft": OnlineLabels(members, data, len(CLASSES)) if members else None,
+            "reference": None,
             "resume": None,
             "damage_budget": 0,
             "save": lambda state: None,

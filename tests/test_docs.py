@@ -42,18 +42,27 @@ def ssld_calls(line: str) -> Iterator[tuple[str, ...]]:
 
 def fault(arguments: Sequence[str]) -> str | None:
     """What click has against these arguments; nothing is executed."""
+    command: click.Command = main
+    words = list(arguments)
     try:
-        if not arguments or arguments[0].startswith("-"):
-            main.make_context("ssld", list(arguments))
-        elif (command := main.commands.get(arguments[0])) is None:
-            return f"no such command {arguments[0]!r}"
-        else:
-            command.make_context(arguments[0], list(arguments[1:]))
+        while isinstance(command, click.Group) and words and not words[0].startswith("-"):
+            if (inner := command.commands.get(words[0])) is None:
+                return f"no such command {words[0]!r}"
+            command, words = inner, words[1:]
+        command.make_context("ssld", words)
     except click.exceptions.Exit:  # --help and --version end here
         return None
     except click.ClickException as error:
         return error.format_message()
     return None
+
+
+def commands(group: click.Group = main, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], click.Command]]:
+    """Every command below a group, with the words by which it is called."""
+    for name, command in group.commands.items():
+        yield (*path, name), command
+        if isinstance(command, click.Group):
+            yield from commands(command, (*path, name))
 
 
 def written() -> Iterator[tuple[str, str]]:
@@ -62,10 +71,10 @@ def written() -> Iterator[tuple[str, str]]:
     for page in pages:
         for line in fenced(page.read_text("utf-8")):
             yield page.relative_to(ROOT).as_posix(), line
-    for command in [main, *main.commands.values()]:
+    for words, command in [((), main), *commands()]:
         for line in (command.help or "").splitlines():
             if line.startswith("  "):
-                yield f"the help of {command.name}", line
+                yield f"the help of {' '.join(('ssld', *words))}", line
     for recipe in (ROOT / "recipes").rglob("*.yaml"):
         for line in re.findall(r"^# command:(.*)$", recipe.read_text("utf-8"), re.MULTILINE):
             yield recipe.relative_to(ROOT).as_posix(), line
@@ -82,10 +91,10 @@ def test_a_written_command_is_taken(call: tuple[str, ...]) -> None:
 
 
 def test_every_command_shows_an_example_of_itself() -> None:
-    for name, command in main.commands.items():
+    for words, command in commands():
         calls = [call for line in (command.help or "").splitlines() for call in ssld_calls(line)]
-        assert calls, f"ssld {name} --help shows no example"
-        assert {call[0] for call in calls} == {name}
+        assert calls, f"ssld {' '.join(words)} --help shows no example"
+        assert {call[: len(words)] for call in calls} == {words}
 
 
 def test_ci_installs_and_tests_as_the_readme_says() -> None:
@@ -128,6 +137,8 @@ def test_commands_are_found_in_a_page() -> None:
         ("run x --epochs 3", "--epochs"),
         ("run", "RECIPE"),
         ("list dogs", "dogs"),
+        ("labels list", "no such command 'list'"),
+        ("labels rm", "PLACE"),
         ("run x --limit 0", "0 is not in the range"),
         ("--verbose", "--verbose"),
     ],

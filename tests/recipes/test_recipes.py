@@ -56,9 +56,8 @@ def test_it_reads_and_is_called_like_its_file(path: Path) -> None:
 def networks(recipe: Recipe) -> Iterator[str]:
     for settings in recipe.stages.values():
         assert isinstance(settings, TrainingSettings)
-        teacher = getattr(settings, "teacher", None)
         yield from [settings.student.name] if settings.student else []
-        yield from [teacher.network] if teacher and teacher.network else []
+        yield from [teacher.network for teacher in settings.taught_by if teacher.network]
 
 
 @every_recipe
@@ -118,7 +117,8 @@ def test_a_published_stage_has_the_published_numbers(name: str, stage: str) -> N
     assert (settings.epochs, settings.batch_size, settings.learning_rate) == (epochs, batch_size, learning_rate)
     assert (settings.weight_decay, settings.momentum, settings.warmup_epochs) == (l2, 0.9, 5)
     assert settings.loss.name == "js"
-    assert settings.teacher.network == TEACHERS[name][0]
+    [teacher] = settings.taught_by
+    assert teacher.network == TEACHERS[name][0]
     assert f"{top1} after {stage}" in path.read_text("utf-8")
 
 

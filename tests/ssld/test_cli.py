@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
 import ssld
-from ssld import errors
+from ssld import engine, errors
 from ssld.cli import main, show
+from ssld.soft import Labelled
 
 RECIPE = """\
 name: tiny
@@ -85,6 +87,7 @@ def documented_codes():
         ("RecipeError", 2),
         ("DataError", 65),
         ("CheckpointError", 65),
+        ("LabelError", 65),
         ("TeacherError", 65),
         ("PluginError", 70),
         ("OutputError", 73),
@@ -128,7 +131,14 @@ def test_a_defect_keeps_its_traceback(call, monkeypatch):
             ["run", "r.yaml"],
             (
                 ("r.yaml", None),
-                {"overrides": (), "device": "cpu", "limit": None, "rerun": False, "trust_teacher": False},
+                {
+                    "overrides": (),
+                    "device": "cpu",
+                    "limit": None,
+                    "until": None,
+                    "rerun": False,
+                    "trust_teacher": False,
+                },
             ),
         ),
         (
@@ -145,12 +155,21 @@ def test_a_defect_keeps_its_traceback(call, monkeypatch):
                 "gpu",
                 "--limit",
                 "3",
+                "--until",
+                "distill",
                 "--rerun",
                 "--trust-teacher",
             ],
             (
                 ("r", Path("o")),
-                {"overrides": ("a=1", "b=2"), "device": "gpu", "limit": 3, "rerun": True, "trust_teacher": True},
+                {
+                    "overrides": ("a=1", "b=2"),
+                    "device": "gpu",
+                    "limit": 3,
+                    "until": "distill",
+                    "rerun": True,
+                    "trust_teacher": True,
+                },
             ),
         ),
         (["resume"], ((None,), {"stage": None})),
@@ -167,6 +186,45 @@ def test_words_become_calls(call, monkeypatch, words, expected):
     monkeypatch.setattr(ssld, words[0], remember, raising=False)
     call(*words)
     assert calls == [expected]
+
+
+@pytest.mark.parametrize(
+    ("words", "given"),
+    [
+        ([], {"stage": None, "part": (1, 1), "device": "cpu", "limit": None, "trust_teacher": False}),
+        (
+            ["--stage", "2", "--part", "3/10", "--device", "gpu", "--limit", "5", "--trust-teacher"],
+            {"stage": "2", "part": (3, 10), "device": "gpu", "limit": 5, "trust_teacher": True},
+        ),
+    ],
+)
+def test_labels_are_made_as_the_words_say_and_shown_by_teacher(call, monkeypatch, words, given):
+    calls = []
+
+    def remember(*arguments, **options):
+        calls.append((arguments, options))
+        return [Labelled("distill", "the teacher stage teach of distill", 3, 1, Path("store/0123"))]
+
+    monkeypatch.setattr(engine, "label", remember)
+    found = call("label", "r.yaml", "--out", "o", "-o", "a=1", *words)
+    assert calls == [(("r.yaml", Path("o")), {"overrides": ("a=1",), **given})]
+    header, row = found.stdout.splitlines()
+    assert header.split() == ["stage", "teacher", "shards", "written", "missing", "labels"]
+    assert re.split(r"  +", row) == ["distill", "the teacher stage teach of distill", "3", "1", "store/0123"]
+
+
+@pytest.mark.parametrize("part", ["0/3", "4/3", "3", "1/2/3", "-1/3", "1/", "/3", "a/b", "1/0", "1.0/2", "²/3"])
+def test_a_part_is_one_of_n(call, part):
+    found = call("label", "r.yaml", f"--part={part}")
+    assert found.exit_code == 2
+    assert f"expected I/N with I from 1 to N, such as 3/10, got {part!r}" in found.stderr
+
+
+@pytest.mark.parametrize("words", [["info"], ["verify"], ["rm", "--yes"]])
+def test_a_place_without_labels_is_said(call, words):
+    found = call("labels", *words, ".")
+    assert (found.exit_code, found.stdout) == (65, "")
+    assert "expected soft labels, a store of them or a run that keeps some, got none" in found.stderr
 
 
 @pytest.mark.parametrize("words", [["run"], ["run", "r", "--limit", "0"], ["run", "r", "--device", "tpu"], ["fly"]])

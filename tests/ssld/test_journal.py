@@ -81,12 +81,20 @@ def test_a_note_is_on_the_screen_and_in_the_log_with_its_time(journal, screen, t
 
 def test_events_are_readable_while_the_run_goes_on(journal, tmp_path):
     journal.record("start", seed=3, recipe="a: 1\nb: 2\n")
-    journal.measured("distill", 40, 2, {"top1": 0.25, "top5": 1.0})
+    journal.measured("distill", 40, 2, {"top1": 0.25, "top5": 1.0}, {})
     start, evaluation = events(tmp_path)
     assert (start["event"], start["seed"], start["recipe"]) == ("start", 3, "a: 1\nb: 2\n")
     expected = {"event": "evaluation", "stage": "distill", "step": 40, "epoch": 2, "top1": 0.25, "top5": 1.0}
     assert {key: value for key, value in evaluation.items() if key != "time"} == expected
-    assert "[1 distill] epoch 2 step 40 validation top1 0.2500 top5 1.0000" in (tmp_path / "train.log").read_text()
+    assert "[1 distill] epoch 2 step 40 validation top1 0.2500 top5 1.0000\n" in (tmp_path / "train.log").read_text()
+
+
+def test_what_a_result_is_seen_beside_stands_with_it(journal, tmp_path):
+    journal.measured("distill", 40, 2, {"agreement": 0.75}, {"teacher_top1": 0.9, "chance_top1": 0.1})
+    (event,) = events(tmp_path)
+    assert {"agreement": 0.75, "teacher_top1": 0.9, "chance_top1": 0.1}.items() <= event.items()
+    expected = "step 40 validation agreement 0.7500 (teacher_top1 0.9000 chance_top1 0.1000)\n"
+    assert (tmp_path / "train.log").read_text().endswith(expected)
 
 
 def test_a_second_journal_appends(journal, tmp_path):
@@ -139,13 +147,35 @@ def test_the_last_step_always_has_a_line(journal, clock, tmp_path):
     assert (event["step"], event["eta_seconds"]) == (2, 0)
 
 
+def test_labelling_says_how_far_it_is_every_few_seconds_and_at_the_end(journal, clock, tmp_path):
+    """400 views in 4 seconds, another 300 in 3, and 100 at the end."""
+    with journal.labelling("labelling pool by onnx b") as advance:
+        clock(4)
+        advance(400, 800)
+        clock(3)
+        advance(700, 800)
+        clock(1)
+        advance(800, 800)
+    first, last = events(tmp_path)
+    assert (first["event"], first["what"]) == ("labelling", "labelling pool by onnx b")
+    assert (first["done"], first["total"], first["views_per_second"]) == (700, 800, 100)
+    assert last["done"] == 800
+    lines = (tmp_path / "train.log").read_text().splitlines()
+    assert lines[0].endswith("[1 distill] labelling pool by onnx b: 700 of 800 views, 100 views/s, eta 0:01")
+    assert len(lines) == 2
+
+
 def everything(journal, clock):
     journal.note("a note")
     with stage(journal, clock, total=3, start=0) as log:
         for step in (1, 2, 3):
             clock(4)
             log.step(step, 1.0, 0.1, 0.0)
-        journal.measured("distill", 3, 3, {"top1": 0.5})
+        journal.measured("distill", 3, 3, {"top1": 0.5}, {"teacher_top1": 0.75})
+    with journal.labelling("labelling the pool") as advance:
+        clock(6)
+        advance(5, 10)
+        advance(10, 10)
 
 
 def test_off_a_terminal_no_control_character_is_written(journal, clock, screen, tmp_path):

@@ -1,12 +1,14 @@
 import doctest
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
 
 from ssld import metrics
+from ssld.contracts import Soft
 from ssld.errors import DataError
-from ssld.metrics import top_k, wilson
+from ssld.metrics import agreement, best_class, top_k, wilson
 
 
 def sorted_top_k(logits, labels, k):
@@ -98,6 +100,75 @@ def test_nears_the_normal_interval_as_samples_grow():
 def test_impossible_counts_are_refused(correct, total):
     with pytest.raises(DataError, match=f"got {correct} of {total}"):
         wilson(correct, total)
+
+
+# Student and teacher --------------------------------------------------------------------------------------------------
+
+
+def kept_of(probabilities, kept, temperature=1.0):
+    """Soft labels of the most probable classes [N, C], in float64, and the rest in one."""
+    ids = np.argsort(-probabilities, axis=1, kind="stable")[:, :kept]
+    part = np.take_along_axis(probabilities, ids, axis=1)
+    return Soft(ids, temperature * np.log(np.column_stack([part, 1 - part.sum(axis=1)])), temperature)
+
+
+def drawn(seed, samples=40, classes=7):
+    draw = np.random.default_rng(seed)
+    return draw.normal(scale=2, size=(samples, classes)), draw.dirichlet(np.ones(classes) / 2, samples)
+
+
+def test_the_best_class_is_the_first_of_the_largest():
+    soft = Soft(None, np.array([[0.0, 2.0, 2.0], [1.0, 1.0, 1.0], [-3.0, -2.0, -1.0]]))
+    assert best_class(soft).tolist() == [1, 0, 2]
+
+
+@pytest.mark.parametrize("kept", [1, 2, 6])
+def test_of_kept_classes_the_best_is_that_of_all(kept):
+    """Also where it is less probable than all others together."""
+    _, taught = drawn(3)
+    assert kept == 6 or (taught.max(axis=1) < 0.5).any()
+    assert np.array_equal(best_class(kept_of(taught, kept)), taught.argmax(axis=1))
+
+
+def by_hand(student, taught, kept, temperature):
+    """(agreement, KL) sample after sample, class after class."""
+    same, divergence = 0, 0.0
+    for logits, q in zip(student.tolist(), taught.tolist(), strict=True):
+        powers = [math.exp(value / temperature) for value in logits]
+        p = [power / sum(powers) for power in powers]
+        order = sorted(range(len(q)), key=lambda label: -q[label])[: kept or None]
+        pairs = [(q[label], p[label]) for label in order]
+        if kept:
+            others = [label for label in range(len(q)) if label not in order]
+            pairs.append((sum(q[label] for label in others), sum(p[label] for label in others)))
+        divergence += sum(a * math.log(a / b) for a, b in pairs)
+        same += max(range(len(q)), key=q.__getitem__) == max(range(len(p)), key=p.__getitem__)
+    return same / len(student), divergence / len(student)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+@pytest.mark.parametrize("kept", [None, 1, 3, 6])
+def test_agreement_and_divergence_by_hand(kept, temperature):
+    student, taught = drawn(5)
+    soft = kept_of(taught, kept, temperature) if kept else Soft(None, temperature * np.log(taught), temperature)
+    assert agreement(student, soft) == pytest.approx(by_hand(student, taught, kept, temperature), rel=1e-9)
+
+
+def test_a_student_that_says_what_its_teacher_says_is_at_no_distance():
+    """However sure both are: in float32, the others' share of a sure student is lost beside 1."""
+    logits = np.array([[40.0, 0.0, -5.0, 0.0], [0.0, 300.0, 10.0, 20.0]], np.float32)
+    for temperature in (1.0, 3.0):
+        assert agreement(logits, Soft(None, logits, temperature)) == (1.0, pytest.approx(0, abs=1e-12))
+        others = np.logaddexp.reduce(np.delete(logits[0] / temperature, 0).astype(float)) * temperature
+        sparse = Soft(np.array([[0]]), np.array([[40.0, others]]), temperature)
+        assert agreement(logits[:1], sparse) == (1.0, pytest.approx(0, abs=1e-9))
+
+
+def test_what_is_summed_up_hides_divergence_and_adds_none():
+    student, taught = drawn(7)
+    found = [agreement(student, kept_of(taught, kept))[1] for kept in range(1, 7)]
+    assert all(0 <= few <= more + 1e-12 for few, more in pairwise(found))
+    assert found[-1] == pytest.approx(agreement(student, Soft(None, np.log(taught)))[1])
 
 
 def test_examples():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,6 +17,7 @@ from ssld.errors import CheckpointError, OutputError
 from ssld.graph import make_plan
 from ssld.recipe import dump, read_recipe
 from ssld.rundir import Options, RunDirectory, result_of, state_of
+from ssld.settings import Stored
 
 RECIPE = """\
 name: small
@@ -32,7 +34,7 @@ MODEL = Model(
     ),
 )
 
-TASK = SimpleNamespace(model=MODEL, teacher=None)
+TASK = SimpleNamespace(model=MODEL, soft=None)
 METRICS = {"top1": 0.5}
 
 
@@ -93,6 +95,24 @@ def test_a_stage_is_new_then_stopped_then_finished(run, node, status):
     assert (stopped.kind, stopped.why) == ("resume", f"stopped after step 2 of {node.steps}")
     run.save(node, TASK, state(4), METRICS)
     assert (status().kind, status().metrics, status().seconds) == ("done", {"top1": 0.5}, 1.5)
+
+
+def test_what_taught_a_checkpoint_is_kept_with_it(run, node, status):
+    taught = SimpleNamespace(model=MODEL, soft=SimpleNamespace(fingerprint="teachers", files="label files"))
+    for task, kept in ((taught, ("teachers", "label files")), (TASK, (None, ""))):
+        run.save(node, task, state(2))
+        found = status().checkpoint.state
+        assert (found["teacher"], found["labels"]) == kept
+
+
+@pytest.mark.parametrize("store", [None, "elsewhere", "~/labels"])
+def test_labels_are_kept_in_the_run_or_where_the_recipe_says(run, node, tmp_path, monkeypatch, store):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    stored = Stored(views=2, store=store)
+    taught = dataclasses.replace(node, settings=SimpleNamespace(stored=stored))
+    expected = {None: run.path / "labels.store", "elsewhere": Path("elsewhere"), "~/labels": tmp_path / "labels"}
+    assert run.labels(taught) == expected[store]
+    assert run.labels(node) == run.path / "labels.store"
 
 
 def test_what_differs_is_said(run, node, status):
@@ -222,10 +242,13 @@ def test_what_a_start_that_was_killed_left_is_taken(run):
     (run.path / "recipe.yaml").rename(run.path / ".tmp-recipe.yaml-0123abcd")
     for name in ("run.lock", "train.log", "metrics.jsonl"):
         (run.path / name).touch()
+    (run.path / "labels.store" / "0123456789abcdef").mkdir(parents=True)
     assert not run.exists()
     run.claim()
     run.clear()
-    assert {path.name for path in run.path.iterdir()} == {"run.json", "run.lock", "train.log", "metrics.jsonl"}
+    kept = {"run.json", "run.lock", "train.log", "metrics.jsonl", "labels.store"}
+    assert {path.name for path in run.path.iterdir()} == kept
+    assert (run.path / "labels.store" / "0123456789abcdef").is_dir()
 
 
 def test_a_run_is_taken_whatever_lies_in_it(run):

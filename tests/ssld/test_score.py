@@ -42,7 +42,7 @@ def stage(make_task, network, tmp_path):
     for step, factor in ((1, 0), (2, 1)):
         scaled = {name: value * factor for name, value in weights.items()}
         run = RunDirectory(tmp_path)
-        run.save(node, SimpleNamespace(model=model, teacher=None), State(step, scaled, facts=kept), {})
+        run.save(node, SimpleNamespace(model=model, soft=None), State(step, scaled, facts=kept), {})
     return run.stage(node)
 
 

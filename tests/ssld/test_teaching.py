@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from contextlib import nullcontext
+from itertools import permutations
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from ssld import teaching
-from ssld.contracts import TeacherSpec
-from ssld.data.transforms import Pipeline
-from ssld.errors import DataError, TeacherError
-from ssld.teaching import Quality, ask, check, expect_better_than_chance, prepare
+from ssld.contracts import Soft, Teacher, TeacherSpec
+from ssld.data.loader import Batch
+from ssld.data.transforms import Pipeline, view
+from ssld.errors import RecipeError, TeacherError
+from ssld.teaching import (
+    Deferred,
+    Member,
+    OnlineLabels,
+    Quality,
+    ask,
+    expect_better_than_chance,
+    prepare,
+    quality,
+    together,
+)
+from ssld.teaching import tested as at_test_time
 
 EVAL = Pipeline.read(["ResizeImage", "CropImage", "NormalizeImage"], 16)
-CLASSES = ("circle", "square", "triangle", "cross")
 PIXELS = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
+NAMES = ("first.jpg", "second.jpg", "third.jpg")
 
 
 class Fake:
@@ -36,11 +50,6 @@ def zeros(images):
     return np.zeros((len(images), 4), np.float32)
 
 
-def constant(label):
-    """Always the same class."""
-    return lambda images: np.tile(np.eye(4, dtype=np.float32)[label], (len(images), 1))
-
-
 def test_pixels_are_normalized_by_the_teachers_own_mean_and_std():
     spec = TeacherSpec(16, "", mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))
     expected = (PIXELS / 255 - (0.1, 0.2, 0.3)) / (0.5, 0.6, 0.7)
@@ -51,7 +60,7 @@ def test_pixels_are_normalized_by_the_teachers_own_mean_and_std():
 
 def test_a_teacher_without_mean_and_std_gets_the_pixels_as_they_are():
     teacher = Fake(zeros, mean=None, std=None)
-    ask(teacher, PIXELS, 4, "t")
+    ask(teacher, PIXELS, 4, "t", NAMES)
     assert teacher.seen[0].dtype == np.uint8
     assert np.array_equal(teacher.seen[0], PIXELS)
 
@@ -65,17 +74,17 @@ def test_a_teacher_that_writes_into_its_input_does_not_change_what_the_student_s
         return zeros(seen)
 
     if spec:
-        with pytest.raises(TeacherError, match=r"t raised ValueError on a batch of 3 images: .*read-only"):
-            ask(Fake(scribble, **spec), images, 4, "t")
+        with pytest.raises(TeacherError, match=r"t raised ValueError on a batch of 3 images .*read-only"):
+            ask(Fake(scribble, **spec), images, 4, "t", NAMES)
     else:
-        ask(Fake(scribble), images, 4, "t")
+        ask(Fake(scribble), images, 4, "t", NAMES)
     assert np.array_equal(images, PIXELS)
     assert images.flags.writeable
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 def test_any_float_is_taken_and_becomes_float32(dtype):
-    got = ask(Fake(lambda images: np.full((3, 4), 0.5, dtype)), PIXELS, 4, "t")
+    got = ask(Fake(lambda images: np.full((3, 4), 0.5, dtype)), PIXELS, 4, "t", NAMES)
     assert got.dtype == np.float32
     assert np.array_equal(got, np.full((3, 4), 0.5))
 
@@ -94,30 +103,31 @@ def test_any_float_is_taken_and_becomes_float32(dtype):
     ],
 )
 def test_an_answer_of_the_wrong_form_is_refused(answer, got):
-    message = rf"the teacher t: expected float32 logits \[3, 4\] \(\[images, classes of the data\]\), got {got}"
+    message = rf"the teacher t: expected float32 logits \[3, 4\] \(\[images, classes of the data\]\), got {got} .*first"
     with pytest.raises(TeacherError, match=message):
-        ask(Fake(lambda images: answer), PIXELS, 4, "the teacher t")
+        ask(Fake(lambda images: answer), PIXELS, 4, "the teacher t", NAMES)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_logits_that_are_not_finite_are_refused_with_their_image(value):
     logits = np.zeros((3, 4), np.float32)
     logits[1, 2] = value
-    with pytest.raises(TeacherError, match=rf"t: expected finite logits, got \[0.0, 0.0, {value}, 0.0\] for image 1"):
-        ask(Fake(lambda images: logits), PIXELS, 4, "t")
+    with pytest.raises(TeacherError, match=rf"t: expected finite logits, got \[0.0, 0.0, {value}, 0.0\] for second"):
+        ask(Fake(lambda images: logits), PIXELS, 4, "t", NAMES)
 
 
 def test_logits_beyond_float32_are_refused():
     with pytest.raises(TeacherError, match="expected finite logits"), np.errstate(over="ignore"):
-        ask(Fake(lambda images: np.full((3, 4), 1e300)), PIXELS, 4, "t")
+        ask(Fake(lambda images: np.full((3, 4), 1e300)), PIXELS, 4, "t", NAMES)
 
 
 def test_a_teacher_that_raises_is_named_with_its_cause():
     def fall(images):
         raise KeyError("session")
 
-    with pytest.raises(TeacherError, match="t raised KeyError on a batch of 3 images: 'session'") as caught:
-        ask(Fake(fall), PIXELS, 4, "t")
+    message = r"t raised KeyError on a batch of 3 images from first\.jpg on: 'session'"
+    with pytest.raises(TeacherError, match=message) as caught:
+        ask(Fake(fall), PIXELS, 4, "t", NAMES)
     assert isinstance(caught.value.__cause__, KeyError)
 
 
@@ -126,86 +136,135 @@ def test_ctrl_c_inside_a_teacher_is_no_fault_of_the_teacher():
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        ask(Fake(interrupt), PIXELS, 4, "t")
+        ask(Fake(interrupt), PIXELS, 4, "t", NAMES)
 
 
-def test_quality_is_the_share_of_right_answers(shapes):
-    """Of shapes that take turns, a constant answer gets a quarter; the interval is Wilson's, solved for here."""
-    samples = shapes(80)
-    quality = check(Fake(constant(2)), samples, EVAL, CLASSES, "t")
-    assert (quality.accuracy, quality.images) == (0.25, 80)
-    for bound in (quality.low, quality.high):
+def test_a_fault_that_the_teacher_itself_names_is_passed_on():
+    def refuse(images):
+        raise RecipeError("no such option")
+
+    with pytest.raises(RecipeError, match=r"^no such option$"):
+        ask(Fake(refuse), PIXELS, 4, "t", NAMES)
+
+
+# How good it is -------------------------------------------------------------------------------------------------------
+
+
+def constant(label, count):
+    """The soft labels of a teacher that always says the same class."""
+    return Soft(None, np.tile(np.eye(4, dtype=np.float32)[label], (count, 1)))
+
+
+def test_quality_is_the_share_of_right_answers():
+    """Of classes that take turns, a constant answer gets a quarter; the interval is Wilson's, solved for here."""
+    found = quality(constant(2, 80), np.arange(80) % 4)
+    assert (found.accuracy, found.images, found.chance) == (0.25, 80, 0.25)
+    for bound in (found.low, found.high):
         assert abs(0.25 - bound) == pytest.approx(1.96 * np.sqrt(bound * (1 - bound) / 80))
-    assert quality.low < 0.25 < quality.high
-    assert "top-1 0.250" in str(quality)
-    assert "on 80 validation images" in str(quality)
+    assert found.low < 0.25 < found.high
+    assert "top-1 0.250" in str(found)
+    assert "on 80 validation images" in str(found)
 
 
-def test_right_answers_belong_to_their_images(shapes):
-    """A teacher that knows every image by its pixels is right every time, in the last short batch as well."""
-    samples = shapes(70)
-    known = {}
-    for i in range(70):
-        pixels = EVAL.render(Image.fromarray(samples.read(i)), EVAL.draw(20, 20, 0))
-        known[pixels.tobytes()] = samples.labels[i]
-
-    def answer(images):
-        return np.eye(4, dtype=np.float32)[[known[image.tobytes()] for image in images]]
-
-    assert check(Fake(answer, mean=None, std=None), samples, EVAL, CLASSES, "t").accuracy == 1.0
+def test_the_most_probable_class_that_is_kept_is_the_answer():
+    """Though the rest of the classes, of which each is less probable, may be more probable together."""
+    ids = np.array([[3, 1], [0, 2], [2, 0]])
+    soft = Soft(ids, np.log(np.array([[0.3, 0.2, 0.5], [0.6, 0.3, 0.1], [0.9, 0.1, 1e-9]])))
+    assert quality(soft, np.array([3, 0, 0])).accuracy == pytest.approx(2 / 3)
 
 
-def test_chance_is_the_share_of_the_largest_class(shapes):
+def test_chance_is_the_share_of_the_largest_class():
     """Three in five are crosses: to say so of every image is no knowledge, though it is right more than one in four."""
-    even = shapes(80)
-    crosses, others = (np.flatnonzero((even.labels == 3) == of) for of in (True, False))
-    samples = even.subset(np.sort(np.concatenate([crosses[:18], others[:12]])))
-    quality = check(Fake(constant(3)), samples, EVAL, CLASSES, "t")
-    assert (quality.accuracy, quality.chance, quality.images) == (0.6, 0.6, 30)
-    assert quality.low > 0.25
+    labels = np.array([3] * 18 + [0, 1, 2] * 4)
+    found = quality(constant(3, 30), labels)
+    assert (found.accuracy, found.chance, found.images) == (0.6, 0.6, 30)
+    assert found.low > 0.25
     with pytest.raises(TeacherError, match=r"t: expected better than chance, got top-1 0\.600 .*chance 0\.600; "):
-        expect_better_than_chance(quality, "t")
+        expect_better_than_chance(found, "t")
 
 
 @pytest.mark.parametrize(("low", "fails"), [(0.24, True), (0.25, True), (0.26, False)])
 def test_the_whole_interval_must_be_above_chance(low, fails):
-    quality = Quality(accuracy=0.4, low=low, high=0.6, chance=0.25, images=40)
+    found = Quality(accuracy=0.4, low=low, high=0.6, chance=0.25, images=40)
     with pytest.raises(TeacherError) if fails else nullcontext():
-        expect_better_than_chance(quality, "t")
+        expect_better_than_chance(found, "t")
 
 
-def test_many_images_are_sampled(shapes, monkeypatch):
-    monkeypatch.setattr(teaching, "CHECKED", 12)
-    teacher = Fake(constant(0))
-    assert check(teacher, shapes(40), EVAL, CLASSES, "t").images == 12
-    assert sum(map(len, teacher.seen)) == 12
+# What it is shown -----------------------------------------------------------------------------------------------------
 
 
-def test_the_teachers_own_size_and_resize_rule_hold(shapes):
-    samples = shapes(4)
-    own = Fake(constant(0), size=24, resize_short=40, mean=None, std=None)
-    check(own, samples, EVAL, CLASSES, "t")
-    middle = Image.fromarray(samples.read(0)).resize((40, 40), Image.Resampling.BILINEAR).crop((8, 8, 32, 32))
-    assert np.array_equal(own.seen[0][0], np.asarray(middle))
-    sized = Fake(constant(0), size=24, mean=None, std=None)
-    check(sized, samples, EVAL, CLASSES, "t")
-    assert sized.seen[0].shape == (4, 24, 24, 3)
-    assert not np.array_equal(sized.seen[0], own.seen[0])
+def test_at_test_time_the_teachers_own_size_and_resize_rule_hold(shapes):
+    image = Image.fromarray(shapes(1).read(0))
+    own = at_test_time(EVAL, TeacherSpec(24, "", resize_short=40, mean=None, std=None))
+    middle = image.resize((40, 40), Image.Resampling.BILINEAR).crop((8, 8, 32, 32))
+    assert np.array_equal(view(image, own, 0), np.asarray(middle))
+    sized = at_test_time(EVAL, TeacherSpec(24, "", mean=None, std=None))
+    expected = view(image, EVAL.at(24), 0)
+    assert expected.shape == (24, 24, 3)
+    assert np.array_equal(view(image, sized, 0), expected)
+    assert not np.array_equal(expected, np.asarray(middle))
 
 
-@pytest.mark.parametrize(
-    ("classes", "message"),
-    [
-        (
-            ("square", "circle", "triangle", "cross"),
-            "the first difference is at label 0: expected 'circle', got 'square'",
-        ),
-        (CLASSES[:3], "expected the 4 classes of the data, got 3; .* expected 'cross', got no more classes"),
-        ((*CLASSES, "ring"), "expected the 4 classes of the data, got 5"),
-    ],
-)
-def test_other_class_names_are_refused_before_it_is_asked(shapes, classes, message):
-    teacher = Fake(constant(0), classes=classes)
-    with pytest.raises(DataError, match=message):
-        check(teacher, shapes(8), EVAL, CLASSES, "the teacher t")
-    assert teacher.seen == []
+def batch_of(*images):
+    count = len(images[0])
+    return Batch(0, images, None, np.arange(count), np.zeros(count, int), NAMES[:count])
+
+
+def test_online_a_teacher_gets_its_own_rendering_and_faults_name_the_place(shapes):
+    """The student's rendering comes first in a batch, and belongs to nobody else."""
+    small, large = (np.full((3, side, side, 3), side, np.uint8) for side in (16, 24))
+    teachers = [Fake(zeros, size=side, mean=None, std=None) for side in (16, 24)]
+    samples = shapes(3)
+    labels = OnlineLabels(tuple(Member("t", teacher, 1) for teacher in teachers), samples, 4)
+    soft = labels.of(batch_of(np.zeros_like(small), small, large))
+    assert [int(teacher.seen[0].max()) for teacher in teachers] == [16, 24]
+    assert (soft.ids, soft.logits.shape) == (None, (3, 4))
+    assert (labels.replay, labels.files) == (None, "")
+    assert [made.resolution for made in labels.pipelines(EVAL)] == [16, 24]
+    broken = OnlineLabels((Member("t", Fake(lambda images: np.full((3, 4), np.nan)), 1),), samples, 4)
+    with pytest.raises(TeacherError, match=rf"finite logits, .* for {samples.where(0)}".replace("?", r"\?")):
+        broken.of(batch_of(small, small))
+
+
+# Who it is ------------------------------------------------------------------------------------------------------------
+
+
+def test_teachers_are_the_same_only_with_equal_weights_precision_and_shares_in_order():
+    def members(*facts):
+        return [Member("t", Fake(zeros, fingerprint=print_, precision=bits), share) for print_, bits, share in facts]
+
+    lists = [
+        [("a", "float32", 1.0)],
+        [("b", "float32", 1.0)],
+        [("a", "bfloat16", 1.0)],
+        [("a", "float32", 2.0)],
+        *permutations([("a", "float32", 1.0), ("b", "float32", 1.0)]),
+    ]
+    assert len({together(members(*facts)) for facts in lists}) == len(lists)
+    other_words = Member("another name", Fake(zeros, fingerprint="a", size=99), 1.0)
+    assert together([other_words]) == together(members(*lists[0]))
+
+
+def test_a_deferred_teacher_is_loaded_once_when_it_is_first_asked():
+    """By however many threads at once."""
+    loads, together_now = [], threading.Barrier(4)
+
+    def load():
+        loads.append(1)
+        time.sleep(0.02)
+        return zeros
+
+    teacher = Deferred(TeacherSpec(16, "a"), load)
+    assert isinstance(teacher, Teacher)
+    assert (teacher.spec.fingerprint, loads) == ("a", [])
+
+    def use():
+        together_now.wait(timeout=10)
+        assert teacher.predict(np.zeros((2, 3, 16, 16), np.float32)).shape == (2, 4)
+
+    threads = [threading.Thread(target=use) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert loads == [1]

@@ -9,6 +9,7 @@ import paddle
 import pytest
 from pydantic import ValidationError
 
+from ssld.contracts import Soft
 from ssld.errors import RecipeError
 from ssld.stages.distill import Distill, stage
 from ssld.train.feed import Target
@@ -47,18 +48,25 @@ def test_another_teacher_gives_another_student(make_task, teacher):
 
 
 @pytest.mark.parametrize("loss", ["js", {"name": "kl", "temperature": 4}])
-def test_objective_is_the_named_loss_on_the_teachers_logits(objective_of, make_task, teacher, loss):
+@pytest.mark.parametrize("kept", [None, 2], ids=["all classes", "two classes and the rest"])
+def test_objective_is_the_named_loss_on_the_soft_labels(objective_of, make_task, teacher, loss, kept):
+    """Of kept classes, those that are not kept are one on both sides."""
+    temperature = 1 if loss == "js" else 4
     draw = np.random.default_rng(1)
-    student, soft = (draw.normal(size=(3, 4)).astype(np.float32) for _ in range(2))
+    student, taught = (draw.normal(size=(3, 4)).astype(np.float32) for _ in range(2))
+    p, q = (softmax(logits.astype(float) / temperature) for logits in (student, taught))
+    soft = Soft(None, taught, temperature)
+    if kept:
+        ids = np.argsort(-taught, axis=1)[:, :kept]
+        p, q = (np.column_stack([part := np.take_along_axis(x, ids, 1), 1 - part.sum(1)]) for x in (p, q))
+        soft = Soft(ids, (temperature * np.log(q)).astype(np.float32), temperature)
     objective = objective_of(stage, make_task("distill", {**TAUGHT, "loss": loss}, teacher=teacher))
     got = objective(paddle.to_tensor(student), Target(0, np.zeros(0), ("a",) * 3, None, soft)).numpy()
     if loss == "js":
-        p, q = softmax(student.astype(float)), softmax(soft.astype(float))
         expected = ((p * np.log(p / q)).sum(1) + (q * np.log(q / p)).sum(1)) / 2
     else:
-        p, q = softmax(student.astype(float) / 4), softmax(soft.astype(float) / 4)
         expected = 16 * (q * np.log(q / p)).sum(1)
-    np.testing.assert_allclose(got, expected, rtol=1e-4)
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_an_unknown_loss_is_named_before_the_first_step(make_task, teacher):

@@ -7,6 +7,7 @@ import paddle
 import pytest
 from pydantic import ValidationError
 
+from ssld.contracts import Soft
 from ssld.settings import Context
 from ssld.stages import distill, pretrain
 from ssld.stages.distill import Distill
@@ -49,10 +50,11 @@ def test_no_hard_is_distillation_from_the_given_weights(make_task, initial, teac
 def test_a_share_of_both_is_their_weighted_sum(objective_of, make_task, teacher):
     draw = np.random.default_rng(2)
     logits = paddle.to_tensor(draw.normal(size=(3, 4)).astype(np.float32))
-    target = Target(0, np.zeros(0), ("a",) * 3, np.array([1, 3, 0]), draw.normal(size=(3, 4)).astype(np.float32))
+    taught = Soft(None, draw.normal(size=(3, 4)).astype(np.float32))
+    target = Target(0, np.zeros(0), ("a",) * 3, np.array([1, 3, 0]), taught)
     soft, mixed, hard = (
-        objective_of(stage, make_task("finetune", {**START, **taught, "hard": share}, teacher=teacher))(logits, target)
-        for share, taught in ((0, TAUGHT), (0.25, TAUGHT), (1, {}))
+        objective_of(stage, make_task("finetune", {**START, **given, "hard": share}, teacher=teacher))(logits, target)
+        for share, given in ((0, TAUGHT), (0.25, TAUGHT), (1, {}))
     )
     assert np.abs(soft.numpy() - hard.numpy()).min() > 0.05
     np.testing.assert_allclose(mixed.numpy(), 0.75 * soft.numpy() + 0.25 * hard.numpy(), rtol=1e-5)
@@ -60,7 +62,7 @@ def test_a_share_of_both_is_their_weighted_sum(objective_of, make_task, teacher)
 
 def test_without_hard_labels_an_unlabeled_set_will_do(objective_of, make_task, teacher):
     objective = objective_of(stage, make_task("finetune", {**START, **TAUGHT}, teacher=teacher))
-    target = Target(0, np.zeros(0), ("a",) * 2, None, np.ones((2, 4), np.float32))
+    target = Target(0, np.zeros(0), ("a",) * 2, None, Soft(None, np.ones((2, 4), np.float32)))
     np.testing.assert_allclose(objective(paddle.zeros([2, 4]), target).numpy(), 0, atol=1e-6)
 
 
@@ -80,13 +82,15 @@ def test_the_rate_is_a_hundredth_per_image(parent_rate, parent_batch, batch, exp
     """Of what distillation was given, or of what it derived: 0.1 per 256 images."""
     given = {"batch_size": parent_batch} | ({} if parent_rate is None else {"learning_rate": parent_rate})
     common = {"kind": "distill", "student": "ResNet50_vd", "data": "unlabeled", "epochs": 360, **TAUGHT}
-    parent = Distill.model_validate({**common, **given}).resolved(Context(resolution=224, samples=5_000_000))
-    context = Context(resolution=224, samples=1_281_167, parent=parent)
+    parent = Distill.model_validate({**common, **given}).resolved(
+        Context(resolution=224, samples=5_000_000, classes=1000)
+    )
+    context = Context(resolution=224, samples=1_281_167, classes=1000, parent=parent)
     assert settings(**TAUGHT, batch_size=batch).resolved(context).learning_rate == pytest.approx(expected)
 
 
 def test_from_a_file_the_rate_is_a_hundredth_of_the_default():
-    context = Context(resolution=224, samples=1_281_167)
+    context = Context(resolution=224, samples=1_281_167, classes=1000)
     tuned = settings(**{**TAUGHT, "from": "student.safetensors"}, student="ResNet50_vd", batch_size=1024)
     assert tuned.resolved(context).learning_rate == pytest.approx(0.004)
     assert tuned.inputs == ("teach",)

@@ -74,24 +74,26 @@ def test_resume_gives_equal_bits(make_task, initial):
 @pytest.mark.parametrize(("resolution", "higher"), [(224, 320), (32, 48), (16, 24), (160, 232)])
 def test_the_resolution_rises_as_in_ssld(resolution, higher):
     """224 to 320, and in that ratio to the nearest multiple of 8."""
-    assert settings().resolved(Context(resolution=resolution, samples=9)).resolution == higher
-    assert settings(resolution=64).resolved(Context(resolution=resolution, samples=9)).resolution == 64
+    assert settings().resolved(Context(resolution=resolution, samples=9, classes=4)).resolution == higher
+    assert settings(resolution=64).resolved(Context(resolution=resolution, samples=9, classes=4)).resolution == 64
 
 
 def test_the_resolution_is_higher_wherever_it_starts():
-    resolved = {side: settings().resolved(Context(resolution=side, samples=9)).resolution for side in range(8, 500)}
+    resolved = {
+        side: settings().resolved(Context(resolution=side, samples=9, classes=4)).resolution for side in range(8, 500)
+    }
     assert {side: higher for side, higher in resolved.items() if higher <= side} == {}
 
 
 def test_the_rate_is_that_of_fixres_without_a_warmup():
-    resolved = settings(batch_size=512).resolved(Context(resolution=224, samples=9))
+    resolved = settings(batch_size=512).resolved(Context(resolution=224, samples=9, classes=1000))
     assert resolved.learning_rate == pytest.approx(0.008)  # 0.001 * 8 at 512 images
     assert (resolved.warmup_epochs, resolved.weight_decay) == (0, 1e-4)
 
 
 @pytest.mark.parametrize("resolution", [8, 32])
 def test_the_resolution_goes_up(resolution):
-    context = Context(resolution=32, samples=9)
+    context = Context(resolution=32, samples=9, classes=4)
     with pytest.raises(ValueError, match=rf"expected a resolution above the 32 px .*, got {resolution}; raise it"):
         settings(resolution=resolution).resolved(context).check(context)
     settings(resolution=40).resolved(context).check(context)

@@ -32,7 +32,7 @@ def test_network_is_another_word_for_student_and_the_rate_is_the_published_one()
     settings = Pretrain.model_validate(
         {"kind": "pretrain", "network": "ResNet50_vd", "data": "labeled", "epochs": 120, "batch_size": 1024}
     )
-    resolved = settings.resolved(Context(resolution=224, samples=10**6))
+    resolved = settings.resolved(Context(resolution=224, samples=10**6, classes=1000))
     assert resolved.student.name == "ResNet50_vd"
     assert resolved.learning_rate == pytest.approx(0.4)  # PaddleClas's ResNet50_vd at 1,024 images
     assert (resolved.warmup_epochs, resolved.weight_decay, resolved.resolution) == (5, 1e-4, 224)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import paddle
+import pytest
 from paddle import nn
 from PIL import Image
 
+from ssld.contracts import Reference, Soft
 from ssld.data.transforms import Pipeline
+from ssld.errors import DataError
 from ssld.train import evaluation
 from ssld.train.evaluation import evaluate
 
@@ -29,6 +34,13 @@ class Linear(nn.Layer):
         return self.fc(self.dropout(self.flatten(x)))
 
 
+def scores_of(network, samples, index):
+    """The logits of one sample in float64, written out."""
+    pixels = np.asarray(Image.fromarray(samples.read(index)).resize((16, 16), Image.Resampling.BILINEAR))
+    image = ((pixels / 255 - 0.5) / 0.25).transpose(2, 0, 1).reshape(-1)
+    return image @ network.fc.weight.numpy().astype(np.float64) + network.fc.bias.numpy()
+
+
 def test_top1_and_top5_are_those_of_a_count_by_hand(shapes, monkeypatch):
     """Of batches of 7, the last holds one image."""
     monkeypatch.setattr(evaluation, "BATCH", 7)
@@ -36,9 +48,7 @@ def test_top1_and_top5_are_those_of_a_count_by_hand(shapes, monkeypatch):
     assert len(samples) % 7 == 1
     ranks = []
     for i in range(len(samples)):
-        pixels = np.asarray(Image.fromarray(samples.read(i)).resize((16, 16), Image.Resampling.BILINEAR))
-        image = ((pixels / 255 - 0.5) / 0.25).transpose(2, 0, 1).reshape(-1)
-        scores = image @ network.fc.weight.numpy().astype(np.float64) + network.fc.bias.numpy()
+        scores = scores_of(network, samples, i)
         ranks.append(int((scores > scores[samples.labels[i]]).sum()))
     found = evaluate(network, samples, PIPELINE, "cpu")
     assert found == {"top1": np.mean(np.array(ranks) == 0), "top5": np.mean(np.array(ranks) < 5)}
@@ -62,3 +72,52 @@ def test_top5_of_fewer_classes_is_certain(shapes):
             self.fc = nn.Linear(3 * 16 * 16, 4)
 
     assert evaluate(Two(), shapes(6), PIPELINE, "cpu")["top5"] == 1.0
+
+
+def torn(samples, damaged):
+    """The same samples, some of which are no images."""
+    store = samples.store
+
+    class Torn:
+        def __getattr__(self, name):
+            return getattr(store, name)
+
+        def read(self, row):
+            return b"no image" if row in damaged else store.read(row)
+
+    return replace(samples, store=Torn())
+
+
+def referred(samples, taught, damage_budget=0):
+    """A reference whose labels are these rows of logits, by the index of the sample."""
+    return Reference(samples, lambda indices: Soft(None, taught[indices]), 0.9, 0.3, damage_budget)
+
+
+@pytest.mark.parametrize("damaged", [(), (0, 8)])
+def test_agreement_and_divergence_are_those_of_a_count_by_hand(shapes, monkeypatch, damaged):
+    """What cannot be read is left out, and the others keep their labels; of batches of 7, the last is short."""
+    monkeypatch.setattr(evaluation, "BATCH", 7)
+    network, samples = Linear(), torn(shapes(20, seed=5, labeled=False), damaged)
+    taught = np.random.default_rng(2).normal(size=(20, CLASSES)).astype(np.float32)
+    right = [i for i in range(20) if i not in damaged]
+    scores = np.array([scores_of(network, samples, i) for i in right])
+    for row, i in enumerate(right[::2]):
+        taught[i, scores[2 * row].argmax()] = 5  # half of them are sure to agree
+    p, q = (np.exp(x) / np.exp(x).sum(1, keepdims=True) for x in (scores, taught[right].astype(float)))
+    found = evaluate(network, shapes(4), PIPELINE, "cpu", referred(samples, taught, len(damaged)))
+    assert found["agreement"] == np.mean(p.argmax(1) == q.argmax(1))
+    assert 0.5 <= found["agreement"] < 1
+    assert found["kl"] == pytest.approx((q * np.log(q / p)).sum(1).mean(), rel=1e-3)
+    assert {name: found[name] for name in ("top1", "top5")} == evaluate(network, shapes(4), PIPELINE, "cpu")
+
+
+def test_more_damage_than_the_reference_allows_is_named(shapes):
+    samples = torn(shapes(6, seed=5), (0, 3))
+    reference = referred(samples, np.zeros((6, CLASSES), np.float32), 1)
+    with pytest.raises(DataError, match=r"expected at most 1 damaged images, got 2; the last is .*image 3"):
+        evaluate(Linear(), shapes(4), PIPELINE, "cpu", reference)
+
+
+def test_a_validation_set_is_whole(shapes):
+    with pytest.raises(DataError, match=r"expected at most 0 damaged images, got 1"):
+        evaluate(Linear(), torn(shapes(6), (2,)), PIPELINE, "cpu")

@@ -3,31 +3,48 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
 
-from ssld.contracts import TeacherSpec
-from ssld.data.loader import Damage
+from ssld.contracts import Soft, TeacherSpec
+from ssld.data.loader import Damage, Replay, view_batches
 from ssld.data.samples import Samples
-from ssld.data.transforms import Pipeline
+from ssld.data.transforms import Pipeline, normalize
 from ssld.errors import DataError, TeacherError
-from ssld.train.feed import Target, feed
+from ssld.teaching import Member, OnlineLabels
+from ssld.train.feed import feed
 
 SIDE = 96
 
 
 class Recorder:
-    """A teacher that remembers what it was shown."""
+    """A teacher that remembers what it was shown, and always says the same."""
 
-    def __init__(self, spec):
+    def __init__(self, spec, logits=(0, 0, 0, 0)):
         self.spec = spec
+        self.logits = np.array(logits, np.float32)
         self.seen = []
 
     def predict(self, images):
         self.seen.append(images)
-        return np.zeros((len(images), 4), np.float32)
+        return np.tile(self.logits, (len(images), 1))
+
+
+@dataclass
+class Kept:
+    """Soft labels that are there for some views only; each says which sample and view it is of."""
+
+    replay: Replay
+    asked: list = field(default_factory=list)
+
+    def pipelines(self, student):
+        return ()
+
+    def of(self, batch):
+        self.asked += zip(batch.indices.tolist(), batch.views.tolist(), strict=True)
+        return Soft(batch.indices[:, None] % 4, np.stack([batch.indices, batch.views], axis=1).astype(np.float32))
 
 
 @dataclass(frozen=True)
@@ -70,7 +87,7 @@ def test_images_are_normalized_and_labels_belong_to_their_keys(make_task):
         assert target.images.shape == (8, 3, 16, 16)
         assert target.images.dtype == np.float32
         assert target.labels.numpy().tolist() == [by_key[key] for key in target.keys]
-        assert target.logits is None
+        assert target.taught is None
         pixels = target.images * np.reshape(task.train.std, (3, 1, 1)) + np.reshape(task.train.mean, (3, 1, 1))
         np.testing.assert_allclose(pixels * 255, np.rint(pixels * 255), atol=1e-3)
         assert 0 <= np.rint(pixels * 255).min() < np.rint(pixels * 255).max() <= 255
@@ -82,9 +99,42 @@ def test_unlabeled_images_have_no_labels(make_task, shapes):
         _ = target.labels
 
 
-def test_soft_labels_are_what_the_teacher_said():
-    logits = np.arange(8, dtype=np.float32).reshape(2, 4)
-    assert np.array_equal(Target(0, np.zeros(0), (), None, logits).soft.numpy(), logits)
+def test_soft_labels_are_what_the_teacher_said(make_task):
+    (target,) = fed(make_task(teacher=Recorder(TeacherSpec(16, ""), (1, -2, 3, 0.5))), total=1)
+    assert (target.soft.ids, target.soft.temperature) == (None, 1)
+    assert np.array_equal(target.soft.logits, [[1, -2, 3, 0.5]] * 8)
+
+
+def test_several_teachers_each_see_the_view_at_their_own_size(make_task):
+    """And what they say is the mean of their probabilities, by weight."""
+    draw = np.random.default_rng(3)
+    teachers = [Recorder(TeacherSpec(size, "", mean=None, std=None), draw.normal(size=4)) for size in (16, 40, 16)]
+    weights = (1, 2, 5)
+    members = tuple(Member("", teacher, weight) for teacher, weight in zip(teachers, weights, strict=True))
+    task = make_task()
+    (target,) = fed(replace(task, soft=OnlineLabels(members, task.data, 4)), total=1)
+    assert [teacher.seen[0].shape for teacher in teachers] == [(8, size, size, 3) for size in (16, 40, 16)]
+    assert np.array_equal(teachers[0].seen[0], teachers[2].seen[0])
+    powers = np.exp([teacher.logits.astype(float) for teacher in teachers])
+    expected = np.average(powers / powers.sum(1, keepdims=True), axis=0, weights=weights)
+    said = np.exp(target.soft.logits.astype(float))
+    np.testing.assert_allclose(said / said.sum(1, keepdims=True), [expected] * 8, rtol=1e-5)
+
+
+def test_kept_labels_are_read_for_the_view_that_the_student_sees(make_task):
+    """A third epoch shows the first view again; views are drawn by the seed of the labels, not by the stage's."""
+    task = make_task(soft=Kept(Replay(seed=9, views=2)))
+    targets = fed(task, total=9)  # 72 slots: three epochs of 22, and six of the fourth
+    views = view_batches(task.data, task.train, Replay(9, 2), batch_size=44, indices=range(22), damage=Damage(0))
+    (whole,) = views
+    images = normalize(whole.images[0], task.train.mean, task.train.std)
+    pixels = dict(zip(zip(whole.indices.tolist(), whole.views.tolist(), strict=True), images, strict=True))
+    assert [view for _, view in task.soft.asked] == [0] * 22 + [1] * 22 + [0] * 22 + [1] * 6
+    for slot, (index, view) in enumerate(task.soft.asked):
+        target, row = targets[slot // 8], slot % 8
+        assert np.array_equal(target.images[row], pixels[index, view])
+        assert target.soft.logits[row].tolist() == [index, view]
+        assert target.keys[row] == task.data.key(index)
 
 
 @pytest.mark.parametrize("size", [16, 40])

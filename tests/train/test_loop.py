@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import signal
 
@@ -10,8 +11,10 @@ import numpy as np
 import paddle
 import pytest
 from paddle import nn
+from PIL import Image
 
-from ssld.contracts import TeacherSpec
+from ssld.contracts import Reference, Soft, TeacherSpec
+from ssld.data.transforms import normalize, view
 from ssld.errors import DataError, Interrupted
 from ssld.train import loop, networks
 from ssld.train.losses import hard_ce, js
@@ -47,10 +50,15 @@ def labels(logits, target):
     return hard_ce(logits, target.labels)
 
 
+def soft_labels(logits, target):
+    """The loss of SSLD with the teacher's probabilities of all classes."""
+    return js(logits, paddle.to_tensor(target.soft.logits))
+
+
 def trained(task, objective=None):
     """Train the task's student as a stage does: on soft labels where there is a teacher."""
     if objective is None:
-        objective = labels if task.teacher is None else lambda logits, target: js(logits, target.soft)
+        objective = labels if task.soft is None else soft_labels
     return loop.fit(task, networks.student(task), objective)
 
 
@@ -254,10 +262,40 @@ def test_evaluations_are_at_the_interval_and_at_the_end(
     measured(monkeypatch, [0.5] * 10)
     seen = []
     task = make_task("pretrain", {"epochs": epochs, "eval_interval": interval}, data=shapes(samples))
-    monkeypatch.setattr(task.journal, "measured", lambda stage, step, epoch, metrics: seen.append((step, epoch)))
+    monkeypatch.setattr(task.journal, "measured", lambda stage, step, epoch, *_: seen.append((step, epoch)))
     loop.fit(task, Linear(), labels)
     assert [epoch for _, epoch in seen] == epochs_measured
     assert all(step * 8 >= epoch * samples for step, epoch in seen)
+
+
+def test_an_evaluation_stands_beside_the_teacher_and_chance(make_task, shapes, tmp_path):
+    """The student is compared on the reference's images with what the reference says of these."""
+    asked = []
+
+    def soft(indices):
+        asked.append(indices.tolist())
+        return Soft(None, np.eye(CLASSES, dtype=np.float32)[indices % CLASSES] * 1000)
+
+    reference = Reference(shapes(10, seed=7, labeled=False), soft, teacher=0.875, chance=0.3, damage_budget=0)
+    layer = Linear()
+    task = make_task("pretrain", {"epochs": 1}, reference=reference)
+    outcome = loop.fit(task, layer, labels)
+    assert asked == [list(range(10))]
+    shown = task.model.pipeline
+    images = np.stack([view(Image.fromarray(reference.samples.read(i)), shown, seed=0) for i in range(10)])
+    scores = layer(paddle.to_tensor(normalize(images, shown.mean, shown.std))).numpy()
+    assert outcome.metrics["agreement"] == np.mean(scores.argmax(1) == np.arange(10) % CLASSES)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    (event,) = [line for line in lines if line["event"] == "evaluation"]
+    assert (event["teacher_top1"], event["chance_top1"]) == (0.875, 0.3)
+    assert {name: event[name] for name in outcome.metrics} == outcome.metrics
+
+
+def test_without_a_teacher_there_is_no_line_to_compare_with(make_task, tmp_path):
+    outcome = loop.fit(make_task("pretrain", {"epochs": 1}), Linear(), labels)
+    assert outcome.metrics.keys() == {"top1", "top5"}
+    event = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert event.keys() == {"time", "event", "stage", "step", "epoch", "top1", "top5"}
 
 
 def test_save_steps(make_task, monkeypatch):
