@@ -11,7 +11,7 @@ from ssld.graph import Node
 from ssld.members import Members
 from ssld.wording import size
 
-HEADER_BYTES = 2000
+HEADER_BYTES = 1700
 """About what a label file has besides its labels."""
 
 

@@ -40,7 +40,7 @@ QUANTIZER = f"sqrt 8 bit to {LIMIT} nats"
 FIRST = 1e-5
 """Nats that the most probable class is raised by, to stay the most probable one beside another of the same code."""
 HEADER_LIMIT = 2**20
-"""Bytes of JSON in front of the arrays; a real one has two thousand."""
+"""Bytes of JSON in front of the arrays; a real one has 1,700."""
 _BLOCK = 2**20  # logits that are worked on at a time, so that memory does not grow with the rows
 _STEPS = 255
 _HALF, _BYTE = np.dtype("<f2"), np.dtype("u1")

@@ -80,7 +80,7 @@ class Description:
 
     @property
     def bytes_per_view(self) -> int:
-        """Of the labels themselves; a file has a header of about two thousand bytes besides."""
+        """Of the labels themselves; a file has a header of about 1,700 bytes besides."""
         one = damaged((), len(self.classes), self.top_k)
         return one.ids.nbytes + one.codes.nbytes + one.rest.nbytes
 
