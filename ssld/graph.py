@@ -216,6 +216,11 @@ def weight_files(settings: TrainingSettings) -> dict[str, Path]:
     files = {"from": settings.start} if settings.start and settings.start.endswith(".safetensors") else {}
     for number, teacher in enumerate(settings.taught_by):
         files |= {f"teacher {number}": teacher.file} if teacher.file else {}
+        # an .onnx file may keep its weights in others, which go by its own name and what follows
+        beside = (
+            sorted(Path(teacher.onnx).expanduser().parent.glob(f"{Path(teacher.onnx).name}?*")) if teacher.onnx else []
+        )
+        files |= {f"teacher {number} {path.name}": str(path) for path in beside}
         files |= {f"teacher {number} class_map": teacher.class_map} if teacher.class_map else {}
     return {key: Path(path).expanduser() for key, path in files.items()}
 

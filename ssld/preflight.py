@@ -25,7 +25,8 @@ def preflight(nodes: Sequence[Node], inputs: Inputs) -> None:
             assert weights is not None, "the stage names a file"
             networks.load(network, weights, networks.start_of(node.name, settings))
         if loss := getattr(settings, "loss", None):
-            losses.named(loss)
+            kept = settings.stored
+            losses.named(loss, kept.temperature if kept and kept.top_k < len(plan.data.classes) else None)
         if settings.taught_by:
             writable(run.labels(node))
         # a stage that is still to run cannot be asked yet

@@ -291,7 +291,7 @@ class TaughtSettings(TrainingSettings):
         wanted = self.loss.options.get("temperature", 1.0)
         if self.stored.top_k < context.classes and wanted != self.stored.temperature:
             raise ValueError(
-                f"expected soft labels of the loss's temperature, {wanted:g}, got labels.temperature: "
+                f"expected soft labels of the loss's temperature, {wanted}, got labels.temperature: "
                 f"{self.stored.temperature:g} and {self.stored.top_k} of {context.classes} classes; make them equal, "
                 f"keep all classes by top_k: {context.classes}, or write labels: online"
             )

@@ -100,15 +100,17 @@ class Deferred:
     """
 
     spec: TeacherSpec
-    load: Callable[[], Callable[[np.ndarray], np.ndarray]]
+    load: Callable[[], Callable[[np.ndarray], np.ndarray]] | None
     _loaded: Callable[[np.ndarray], np.ndarray] | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def predict(self, images: np.ndarray) -> np.ndarray:
         """Logits, float32 [B, classes]."""
         with self._lock:
-            if self._loaded is None:
-                self._loaded = self.load()
+            if self.load is not None:
+                # what loads holds the weights, which the loaded network has a copy of
+                self._loaded, self.load = self.load(), None
+        assert self._loaded is not None, "it was loaded by the first question"
         return self._loaded(images)
 
 

@@ -25,6 +25,10 @@ _TYPES = {
 _BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
 
 
+LISTED = 60
+"""Known names that a message has room for."""
+
+
 def near(name: str, known: Iterable[str]) -> str:
     """The known names that resemble `name`, as a question; all of them where none does.
 
@@ -37,7 +41,8 @@ def near(name: str, known: Iterable[str]) -> str:
     matches = [by_lower[match] for match in difflib.get_close_matches(name.lower(), by_lower)]
     if matches:
         return f"did you mean {' or '.join(matches)}?"
-    return f"known: {', '.join(by_lower.values()) or 'none'}"
+    names = list(by_lower.values())
+    return f"known: {', '.join(names[:LISTED]) or 'none'}{', …' if len(names) > LISTED else ''}"
 
 
 def got(value: object) -> str:

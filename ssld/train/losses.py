@@ -141,29 +141,32 @@ def _exponentials(differences: Tensor, temperature: float) -> Tensor:
     return differences.scale_(1 / temperature).exp_()  # type: ignore[no-untyped-call]
 
 
-def named(setting: Named) -> Loss:
+def named(setting: Named, temperature: float | None = None) -> Loss:
     """The loss that a recipe names, a plug-in of the group ssld.losses, with its options bound; it is tried once.
 
-    It takes the student's logits, float [B, C], and their soft labels, of all classes or of K. Raises RecipeError for
-    an unknown name or a wrong option, PluginError unless it returns one value per sample. The loss itself raises
-    RecipeError for labels of K classes that were made at another temperature than its own.
+    It takes the student's logits, float [B, C], and their soft labels, of all classes or of K. temperature: at which
+    those of K classes will have been made, where there will be some. Raises RecipeError for an unknown name or a wrong
+    option, PluginError unless it returns one value per sample. Labels of K classes that were made at another
+    temperature than the loss's own are a RecipeError, here and when it is called.
     """
     distance = partial(plugins.load("losses", setting.name), **setting.options)
     # all classes, then one class and the bucket of the others
     for classes in (3, 2):
         _try(setting, paddle.zeros([2, classes]))
-    temperature = _temperature(distance)
+    own = _temperature(distance)
 
     def loss(student: Tensor, soft: Soft) -> Tensor:
-        if soft.ids is not None and soft.temperature != temperature:
+        if soft.ids is not None and soft.temperature != own:
             classes = student.shape[1]
             raise RecipeError(
-                f"loss {setting.name}: expected soft labels made at its temperature, {temperature}, got "
+                f"loss {setting.name}: expected soft labels made at its temperature, {own}, got "
                 f"{soft.temperature}, and {soft.ids.shape[1]} of {classes} classes; make the two temperatures equal, "
                 f"keep all classes by top_k: {classes}, or write labels: online"
             )
         return distance(bucketed(student, soft), paddle.to_tensor(soft.logits, dtype=student.dtype))
 
+    if temperature is not None:
+        loss(paddle.zeros([2, 3]), Soft(np.zeros((2, 1), np.int64), np.zeros((2, 2), np.float32), temperature))
     return loss
 
 
