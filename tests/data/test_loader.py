@@ -3,18 +3,25 @@
 import _thread
 import hashlib
 import io
+import os
+import subprocess
+import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
+from ssld.data import loader
 from ssld.data.images import decode
-from ssld.data.loader import Batch, Damage, evaluation_batches, training_batches
+from ssld.data.loader import Batch, Damage, Replay, evaluation_batches, training_batches, view_batches
 from ssld.data.order import Order
 from ssld.data.transforms import Pipeline, view
 from ssld.errors import DataError
@@ -73,7 +80,8 @@ def batches(samples: Fake, steps: int, pipelines: tuple[Pipeline, ...] = (TRAIN,
 
 def digest(batch: Batch) -> tuple[object, ...]:
     pixels = hashlib.sha256(b"".join(images.tobytes() for images in batch.images)).hexdigest()
-    return batch.step, pixels, None if batch.labels is None else batch.labels.tobytes(), batch.keys
+    labels = None if batch.labels is None else batch.labels.tobytes()
+    return batch.step, pixels, labels, batch.views.tobytes(), batch.keys
 
 
 @pytest.fixture(autouse=True)
@@ -222,6 +230,135 @@ def test_operators_that_end_at_another_size_are_no_damage(workers: int) -> None:
     with pytest.raises(DataError, match="expected a view of 8 x 8"):
         batches(Fake(), 1, (Pipeline.read(["RandFlipImage"], 8),), workers=workers, damage=damage)
     assert not damage.found
+
+
+# --- views that can be had again
+
+
+@given(st.integers(1, 50), st.integers(0, 500))
+def test_views_come_one_after_another_and_then_again(views: int, epoch: int) -> None:
+    replay = Replay(0, views)
+    assert [replay.view(n) for n in range(views)] == list(range(views))
+    assert replay.view(epoch + views) == replay.view(epoch)
+
+
+def rendered(
+    samples: Fake, replay: Replay, pipeline: Pipeline = TRAIN, **options: object
+) -> dict[tuple[int, int], bytes]:
+    """All views of all samples, as labelling has them: (index, view) to pixels."""
+    settings = {"batch_size": 5, "indices": range(len(samples)), "damage": Damage(0)} | options
+    found = {}
+    for batch in view_batches(samples, pipeline, replay, **settings):
+        for index, number, image in zip(batch.indices.tolist(), batch.views.tolist(), batch.images[0], strict=True):
+            found[index, number] = image.tobytes()
+    return found
+
+
+@pytest.mark.parametrize("workers", [0, 3])
+@pytest.mark.parametrize("seed", [0, 7])
+def test_training_shows_the_views_that_were_labelled(workers: int, seed: int) -> None:
+    """View e mod V in epoch e, of the labels' own seed, whatever the training's; 11 images, so that epochs cross."""
+    samples, replay = Fake(), Replay(seed=3, views=3)
+    views = rendered(samples, replay, workers=workers)
+    assert len(set(views.values())) == 33
+    order, slots = Order(samples.shard_sizes, seed), []
+    for batch in batches(samples, 20, seed=seed, workers=workers, replay=replay):
+        indices, epochs = order.batch(batch.step, 4)
+        assert batch.indices.tolist() == indices.tolist()
+        assert batch.views.tolist() == [epoch % 3 for epoch in epochs.tolist()]
+        slots += zip(batch.indices.tolist(), batch.views.tolist(), batch.images[0], strict=True)
+    assert len(slots) > 6 * 11
+    for index, number, image in slots:
+        assert image.tobytes() == views[index, number]
+
+
+def test_without_a_replay_the_view_is_the_epoch() -> None:
+    samples, order = Fake(), Order(np.array([5, 6]), 0)
+    for batch in batches(samples, 8):
+        assert batch.views.tolist() == order.batch(batch.step, 4)[1].tolist()
+
+
+def test_another_label_seed_gives_other_views() -> None:
+    samples = Fake()
+    one, other = (rendered(samples, Replay(seed, 2)) for seed in (0, 1))
+    assert one.keys() == other.keys()
+    assert not set(one.values()) & set(other.values())
+
+
+def test_more_views_hold_the_fewer_and_any_part_of_the_samples_has_its_own() -> None:
+    samples = Fake()
+    many = rendered(samples, Replay(0, 4))
+    assert rendered(samples, Replay(0, 2)).items() <= many.items()
+    assert rendered(samples, Replay(0, 4), indices=[7, 2]).items() <= many.items()
+
+
+@pytest.mark.parametrize("workers", [0, 3])
+@pytest.mark.parametrize("batch_size", [1, 4, 33, 50])
+def test_every_view_comes_once_sample_after_sample(workers: int, batch_size: int) -> None:
+    options = {"batch_size": batch_size, "indices": range(11), "workers": workers, "damage": Damage(0)}
+    got = list(view_batches(Fake(), TRAIN, Replay(0, 3), **options))
+    rows = [row for batch in got for row in zip(batch.indices.tolist(), batch.views.tolist(), strict=True)]
+    assert rows == [(index, number) for index in range(11) for number in range(3)]
+    assert [len(batch.indices) for batch in got[:-1]] == [batch_size] * (len(got) - 1)
+    assert [batch.labels.tolist() for batch in got] == [(batch.indices * 10).tolist() for batch in got]
+
+
+def test_an_image_is_decoded_once_for_all_its_views(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: Counter[bytes] = Counter()
+
+    def counting(data: bytes | np.ndarray) -> Image.Image:
+        decoded[bytes(data)] += 1
+        return decode(data)
+
+    monkeypatch.setattr(loader, "decode", counting)
+    assert len(rendered(Fake(), Replay(0, 6))) == 66
+    assert sorted(decoded.values()) == [1] * 11
+
+
+@pytest.mark.parametrize("workers", [0, 3])
+def test_what_is_damaged_has_no_view_and_its_slot_is_filled_with_one_that_was_labelled(workers: int) -> None:
+    samples, replay, damage = Fake(damaged=frozenset({4, 5, 10})), Replay(1, 2), Damage(3)
+    views = rendered(samples, replay, damage=damage, workers=workers)
+    assert {index for index, _ in views} == set(range(11)) - {4, 5, 10}
+    assert set(damage.found) == {4, 5, 10}
+    stand_in = {4: 6, 5: 6, 10: 0}
+    got = batches(samples, 8, replay=replay, damage=Damage(3), workers=workers)
+    for batch, whole in zip(got, batches(Fake(), 8, replay=replay), strict=True):
+        assert batch.indices.tolist() == [stand_in.get(index, index) for index in whole.indices.tolist()]
+        assert batch.views.tolist() == whole.views.tolist()
+        for index, number, image in zip(batch.indices.tolist(), batch.views.tolist(), batch.images[0], strict=True):
+            assert image.tobytes() == views[index, number]
+
+
+def test_more_damage_than_the_budget_ends_a_labelling() -> None:
+    with pytest.raises(DataError, match=r"at most 1 damaged images, got 2; .*fake.tar, 0007.png"):
+        rendered(Fake(damaged=frozenset({4, 7})), Replay(0, 2), damage=Damage(1))
+
+
+VIEWS = """
+import hashlib, sys
+from ssld.data.loader import Damage, Replay, view_batches
+from ssld.data.sources import open_source
+from ssld.data.transforms import Pipeline
+
+samples = open_source("builtin:shapes?count=9&size=20", labeled=False)
+pipeline = Pipeline.read(["RandCropImage", "RandFlipImage", "NormalizeImage"], 8)
+replay = Replay(int(sys.argv[1]), 3)
+for batch in view_batches(samples, pipeline, replay, batch_size=4, indices=range(9), damage=Damage(0)):
+    print(batch.indices.tolist(), batch.views.tolist(), hashlib.sha256(batch.images[0].tobytes()).hexdigest())
+"""
+
+
+def test_views_are_the_same_in_every_process() -> None:
+    def shown(seed: int, hash_seed: str) -> str:
+        environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
+        command = [sys.executable, "-c", VIEWS, str(seed)]
+        return subprocess.run(command, env=environment, capture_output=True, check=True, text=True, timeout=60).stdout
+
+    first = shown(3, "1")
+    assert len(first.splitlines()) == 7
+    assert shown(3, "2") == first
+    assert shown(4, "1") != first
 
 
 # --- evaluation
