@@ -123,16 +123,29 @@ def remark(overview: ssld.Overview) -> None:
 @main.command(short_help="Show the stages in order, the numbers that are derived, and what would run, and why.")
 @with_recipe
 @click.option("--out", type=click.Path(path_type=Path), help="The run directory; runs/NAME when left out.")
-def plan(recipe: str, out: Path | None, overrides: tuple[str, ...], limit: int | None) -> None:
+@click.option("--measure", is_flag=True, help="Try for at most a minute what each stage will take in time and disk.")
+@click.option("--device", type=click.Choice(["cpu", "gpu"]), default="cpu", show_default=True, help="To measure on.")
+def plan(
+    recipe: str, out: Path | None, overrides: tuple[str, ...], limit: int | None, measure: bool, device: str
+) -> None:
     """\b
-    Example:
+    Examples:
       ssld plan mobilenetv3_ssld -o stages.distill.epochs=30
+      ssld plan mobilenetv3_ssld --measure
 
     Show the stages in order, the numbers that are derived, and what would run, and why. Writes only the index cache.
     """
     overview = ssld.plan(recipe, out, overrides=overrides, limit=limit)
     remark(overview)
     show(*overview.forecast())
+    if measure:
+        from ssld.costs import table
+        from ssld.train.probe import measure as probe
+
+        click.echo("measuring, for at most a minute", err=True)
+        costs = probe(recipe, out, overrides=overrides, device=device, limit=limit)
+        click.echo()
+        show(*table(costs))
 
 
 @main.command(short_help="Say how good the teachers are, before anything is spent.")
@@ -185,7 +198,12 @@ def label(recipe: str, out: Path | None, overrides: tuple[str, ...], **options: 
 
 @main.group(short_help="Look at soft labels that are kept: info, verify, rm.")
 def labels() -> None:
-    """Look at soft labels that are kept."""
+    """\b
+    Example:
+      ssld labels info runs/mobilenetv3_ssld
+
+    Look at soft labels that are kept.
+    """
 
 
 @labels.command(short_help="Show what is kept: teacher, views, files, bytes.")

@@ -1,0 +1,403 @@
+"""How fast data, teachers and students are on this machine, found out by doing a little of everything."""
+
+from __future__ import annotations
+
+import io
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, suppress
+from dataclasses import dataclass, field, replace
+from itertools import cycle, repeat
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from paddle import nn
+from rich.console import Console
+
+from ssld import plugins
+from ssld.contracts import Model, Soft, Task
+from ssld.costs import Cost, LabelWork, Speeds, TeacherSpeed
+from ssld.data.loader import Batch, Damage, Replay, training_batches, view_batches
+from ssld.data.samples import Samples
+from ssld.data.transforms import Pipeline, normalize
+from ssld.engine import overview
+from ssld.errors import Interrupted, PluginError
+from ssld.examination import alone
+from ssld.forecast import HEADER_BYTES, LabelForecast
+from ssld.graph import Node, make_plan, pipeline
+from ssld.journal import Journal
+from ssld.labels.format import damaged
+from ssld.members import Members
+from ssld.overview import Overview
+from ssld.recipe import read_recipe
+from ssld.rundir import Options, RunDirectory
+from ssld.settings import Stored, TeacherSetting
+from ssld.teaching import CHECKED, Member, ask
+from ssld.train import networks
+from ssld.train.frozen import COMPARED, Frozen
+
+SECONDS = 50.0
+"""Of all measurements; what is begun is finished, and paddle loads first, within a minute together."""
+LONGEST = 3.0
+"""Seconds of one measurement: more would make it little better."""
+BATCH = 64
+"""Images that a network which only answers is shown at a time, as in labelling and evaluation."""
+READ = 16
+"""Images in a batch where only reading is measured."""
+SMALLEST = 2
+"""The smallest batch that batch norms can be trained on."""
+MANY = 10**6
+"""Epochs of a training that is stopped long before one is over."""
+
+
+def measure(
+    recipe: str | Path,
+    out: str | Path | None = None,
+    *,
+    overrides: Sequence[str] = (),
+    device: str = "cpu",
+    limit: int | None = None,
+) -> list[Cost]:
+    """What each stage that is to run will cost, by a probe of at most a minute; in the order of the plan.
+
+    Nothing is written but the index cache, and files in a temporary directory.
+    """
+    read = read_recipe(recipe, overrides)
+    plan = make_plan(read, limit=limit)
+    found = overview(Path(out) if out is not None else Path("runs") / read.name, plan)
+    networks.use_device(device)
+    with tempfile.TemporaryDirectory(prefix="ssld-") as scratch:
+        journal = Journal(Path(scratch), Console(file=io.StringIO()))
+        try:
+            members = Members(RunDirectory(found.directory), plan, Options(device, limit), lambda _: None)
+            return Probe(members, found, journal).costs()
+        finally:
+            journal.close()
+
+
+def pace(counts: Iterator[int], seconds: float) -> float:
+    """Items per second of an endless stream of counts; the first is not counted, since it may load something."""
+    next(counts)
+    began, done = time.monotonic(), 0
+    for count in counts:
+        done += count
+        if time.monotonic() - began >= seconds:
+            break
+    return done / (time.monotonic() - began)
+
+
+def paced(batches: Generator[Batch, None, None], work: Callable[[Batch], object], seconds: float) -> float:
+    """Images per second of batches that are read, and worked on."""
+
+    def counts() -> Iterator[int]:
+        for batch in batches:
+            work(batch)
+            yield len(batch.indices)
+
+    with closing(batches):
+        return pace(counts(), seconds)
+
+
+def fitting(seconds: float, one: float, most: int) -> int:
+    """The largest batch of which three fit into these seconds, when one image takes `one`.
+
+    >>> fitting(6.0, 0.5, 64), fitting(6.0, 0.001, 64)
+    (4, 64)
+    """
+    return max(1, min(most, int(seconds / (3 * max(one, 1e-9)))))
+
+
+def batch_for(answer: Callable[[int], object], seconds: float) -> int:
+    """At how many images a time to measure a network, loaded already, that answers about `answer(n)` of them."""
+    began = time.monotonic()
+    answer(1)
+    return fitting(seconds, time.monotonic() - began, BATCH)
+
+
+def step_speed(run: Callable[[Task[Any]], object], task: Task[Any], seconds: float) -> tuple[float, int]:
+    """Images per second of a stage's training, and the batch at which they were so many.
+
+    run: the work of the stage's kind. A first try with the smallest batch tells how large a batch the time allows.
+    """
+    wanted = task.settings.batch_size
+    one = 1 / _steps(run, _endless(task, SMALLEST), 0.0)
+    batch = max(SMALLEST, fitting(seconds, one, wanted))
+    return _steps(run, _endless(task, batch), seconds), batch
+
+
+def _endless(task: Task[Any], batch: int) -> Task[Any]:
+    """The same with that batch size, and neither an evaluation nor a checkpoint within reach."""
+    far = {"epochs": MANY, "warmup_epochs": float(MANY), "eval_interval": MANY, "save_interval": 0, "save_steps": None}
+    return replace(task, settings=task.settings.model_copy(update={**far, "batch_size": batch}))
+
+
+def _steps(run: Callable[[Task[Any]], object], task: Task[Any], seconds: float) -> float:
+    """Images per second from the end of the first step on, for so many seconds, but one more step at least."""
+    ends: list[float] = []
+
+    def stop() -> int | None:
+        ends.append(time.monotonic())
+        return signal.SIGTERM if len(ends) > 1 and ends[-1] - ends[0] >= seconds else None
+
+    with suppress(Interrupted):
+        run(replace(task, stop=stop))
+    if len(ends) < 2:
+        raise PluginError(
+            f"{task.name}: expected a stage of kind {task.settings.kind} to ask stop() after every step, got "
+            f"{len(ends)} calls; leave --measure out"
+        )
+    return task.settings.batch_size * (len(ends) - 1) / (ends[-1] - ends[0])
+
+
+@dataclass(frozen=True)
+class Blank:
+    """Soft labels as of a store, that say nothing; so that a stage can be timed without its teacher."""
+
+    classes: int
+    stored: Stored | None
+    fingerprint: str = ""
+    files: str = ""
+
+    @property
+    def replay(self) -> Replay | None:
+        return Replay(self.stored.seed, self.stored.views) if self.stored else None
+
+    def pipelines(self, student: Pipeline) -> tuple[Pipeline, ...]:
+        """None: nobody but the student sees an image."""
+        return ()
+
+    def of(self, batch: Batch) -> Soft:
+        """Labels of the form that the stage will get."""
+        kept = self.classes if self.stored is None else self.stored.top_k
+        temperature = 1.0 if self.stored is None else self.stored.temperature
+        if kept >= self.classes:
+            return Soft(None, np.zeros((len(batch.indices), self.classes), np.float32), temperature)
+        ids = np.tile(np.arange(kept), (len(batch.indices), 1))
+        return Soft(ids, np.zeros((len(batch.indices), kept + 1), np.float32), temperature)
+
+
+@dataclass
+class Budget:
+    """The time of a probe, in even shares for the measurements that are left."""
+
+    measurements: int
+    began: float = field(default_factory=time.monotonic)
+
+    @property
+    def left(self) -> float:
+        return SECONDS - (time.monotonic() - self.began)
+
+    def share(self) -> float:
+        """Seconds for the next measurement."""
+        share = min(LONGEST, max(0.0, self.left) / max(self.measurements, 1))
+        self.measurements -= 1
+        return share
+
+
+class Probe:
+    """Measures every stage of a plan that is to run."""
+
+    def __init__(self, members: Members, found: Overview, journal: Journal) -> None:
+        self.members, self.plan, self.journal, self.forecasts = members, members.plan, journal, found.labels
+        self.todo = [(node, status) for node, status in found.stages if status.kind != "done"]
+        self.waiting = {node.name for node, _ in self.todo}
+        self.budget = Budget(sum(3 + 2 * len(node.settings.taught_by) for node, _ in self.todo))
+        self.teachers: dict[str, Member] = {}
+        self.measured: dict[tuple[Any, ...], TeacherSpeed] = {}
+        self.counted: set[tuple[Any, ...]] = set()
+
+    def costs(self) -> list[Cost]:
+        """One for each stage that is to run, in order."""
+        costs = []
+        for node, status in self.todo:
+            reached = status.checkpoint.step if status.kind == "resume" and status.checkpoint else 0
+            speeds = self._speeds(node) if self.budget.left > 0 else None
+            taught = bool(node.settings.taught_by)
+            evaluated = len(self.plan.data.validation) + taught * len(self.plan.data.held_out.limited(CHECKED))
+            cost = Cost(node, node.steps - reached, evaluated, speeds)
+            if node.settings.stored:
+                store = self.members.run.labels(node)
+                cost = replace(cost, store=store, free=free_bytes(store))
+            costs.append(replace(cost, labels=self._label_work(node)))
+        return costs
+
+    def _speeds(self, node: Node) -> Speeds:
+        decode = self._decode(node, self.budget.share())
+        step, batch = step_speed(node.kind.run, self._task(node), self.budget.share())
+        evaluation, start = self._evaluation(node, self.budget.share())
+        teachers = tuple(self._teacher(node, setting) for setting in node.settings.taught_by)
+        return Speeds(decode, step, batch, evaluation, start, teachers)
+
+    def _decode(self, node: Node, seconds: float) -> float:
+        """Images per second."""
+        train = pipeline(self.plan.recipe, "train", node.settings.resolution)
+        batches = training_batches(
+            self._samples(node), (train,), batch_size=READ, seed=0, damage=Damage(self._budget(node))
+        )
+        return paced(batches, lambda batch: None, seconds)
+
+    def _evaluation(self, node: Node, seconds: float) -> tuple[float, float]:
+        """Images per second, and seconds before the first of them."""
+        samples, shown = self.plan.data.validation, self._model(node).pipeline
+        blank = np.zeros((COMPARED, 3, shown.resolution, shown.resolution), np.float32)
+        began = time.monotonic()
+        frozen = Frozen(self._network(node), shown.resolution, device=self.members.options.device)
+        frozen(blank)
+        start = time.monotonic() - began
+        batches = view_batches(
+            samples,
+            shown,
+            Replay(0, 1),
+            batch_size=batch_for(lambda images: frozen(blank[:images]), seconds),
+            indices=cycle(range(len(samples))),
+            damage=Damage(0),
+        )
+        return paced(batches, lambda batch: frozen(normalize(batch.images[0], shown.mean, shown.std)), seconds), start
+
+    def _teacher(self, node: Node, setting: TeacherSetting) -> TeacherSpeed:
+        """Measured once for all stages that show the same images to it."""
+        member = self._member(node, setting)
+        seconds = self.budget.share(), self.budget.share()
+        replay = self._blank(node).replay or Replay(0, 1)
+        key = (repr(setting), member.teacher.spec.size, node.settings.data, replay)
+        if key not in self.measured:
+            batch, forward = self._forward(member, seconds[0])
+            labelling = self._labelling(node, member, replay, batch, seconds[1])
+            # a busy machine may slow down the one measurement and not the other
+            self.measured[key] = TeacherSpeed(forward, min(labelling, forward))
+        return self.measured[key]
+
+    def _forward(self, member: Member, seconds: float) -> tuple[int, float]:
+        """A batch that fits into the time, and the views per second of the teacher alone."""
+        side = member.teacher.spec.size
+        pixels = np.random.default_rng(0).integers(0, 256, (BATCH, side, side, 3), np.uint8)
+
+        def answer(images: int) -> int:
+            ask(member.teacher, pixels[:images], len(self.plan.data.classes), member.who, ["a measurement"])
+            return images
+
+        answer(1)
+        batch = batch_for(answer, seconds)
+        return batch, pace(map(answer, repeat(batch)), seconds)
+
+    def _labelling(self, node: Node, member: Member, replay: Replay, batch: int, seconds: float) -> float:
+        """Views per second, reading and rendering included."""
+        samples, classes = self._samples(node), len(self.plan.data.classes)
+        shown = pipeline(self.plan.recipe, "train", node.settings.resolution).at(member.teacher.spec.size)
+        batches = view_batches(
+            samples,
+            shown,
+            replay,
+            batch_size=batch,
+            indices=cycle(range(len(samples))),
+            damage=Damage(self._budget(node)),
+        )
+        return paced(
+            batches, lambda views: ask(member.teacher, views.images[0], classes, member.who, views.keys), seconds
+        )
+
+    def _member(self, node: Node, setting: TeacherSetting) -> Member:
+        """The teacher; of a stage that is still to be trained, the same network with fresh weights."""
+        key = f"{setting!r} {node.settings.resolution}"
+        if key not in self.teachers:
+            known = setting.stage not in self.waiting
+            self.teachers[key] = self._known(node, setting) if known else self._fresh(node, setting)
+        return self.teachers[key]
+
+    def _known(self, node: Node, setting: TeacherSetting) -> Member:
+        [member] = self.members.of(alone(node, setting))
+        return member
+
+    def _fresh(self, node: Node, setting: TeacherSetting) -> Member:
+        first = self.plan.node(str(setting.stage))
+        supplied = {
+            "model": self._model(first),
+            "weights": networks.arrays(self._network(first)),
+            "device": self.members.options.device,
+            "precision": setting.precision,
+        }
+        teacher = plugins.call("teachers", "stage", {"stage": first.name}, supplied)
+        return Member(f"the teacher {setting.name} of {node.name}", teacher, setting.weight)
+
+    def _label_work(self, node: Node) -> tuple[LabelWork, ...]:
+        """What of each teacher's labels is not there yet, and will not be made by an earlier stage of the plan."""
+        forecasts = self.forecasts.get(node.name) or repeat(None)
+        return tuple(
+            LabelWork(*self._trained(node, setting, forecast), self._tested(node, setting))
+            for setting, forecast in zip(node.settings.taught_by, forecasts, strict=False)
+        )
+
+    def _trained(self, node: Node, setting: TeacherSetting, forecast: LabelForecast | None) -> tuple[int, int]:
+        """Views that are to be labelled for the training, and bytes that this takes."""
+        stored = node.settings.stored
+        key = (repr(setting), self._member(node, setting).teacher.spec, node.settings.data, repr(stored))
+        if forecast is None or stored is None or key in self.counted:
+            return 0, 0
+        self.counted.add(key)
+        if not forecast.why_unknown:
+            return forecast.passes, forecast.bytes
+        packed = damaged((), len(self.plan.data.classes), stored.top_k)
+        view_bytes = packed.ids.nbytes + packed.codes.nbytes + packed.rest.nbytes
+        return forecast.passes, forecast.passes * view_bytes + len(self._samples(node).shard_ids) * HEADER_BYTES
+
+    def _tested(self, node: Node, setting: TeacherSetting) -> int:
+        """Images about which a teacher is asked at test time: to measure it, and to compare the student with it."""
+        data = self.plan.data
+        [(store, _)] = self.members.tested_stores(node, (self._member(node, setting),))
+        missing = 0
+        for samples in (data.validation.limited(CHECKED), data.held_out.limited(CHECKED)):
+            key = (store.directory, samples.identity)
+            if key not in self.counted:
+                self.counted.add(key)
+                missing += int(samples.shard_sizes[store.missing(samples)].sum())
+        return missing
+
+    def _task(self, node: Node) -> Task[Any]:
+        """The stage with fresh weights, and labels that are there at once."""
+        return Task(
+            name=node.name,
+            model=self._model(node),
+            settings=node.settings,
+            seed=0,
+            device=self.members.options.device,
+            data=self._samples(node),
+            validation=self.plan.data.validation,
+            train=pipeline(self.plan.recipe, "train", node.settings.resolution),
+            initial=None,
+            soft=self._blank(node) if node.settings.taught_by else None,
+            reference=None,
+            resume=None,
+            damage_budget=self._budget(node),
+            save=lambda state: None,
+            stop=lambda: None,
+            journal=self.journal,
+        )
+
+    def _model(self, node: Node) -> Model:
+        student, classes = node.settings.student, self.plan.data.classes
+        return Model(
+            student.name, student.options, classes, pipeline(self.plan.recipe, "eval", node.settings.resolution)
+        )
+
+    def _network(self, node: Node) -> nn.Layer:
+        student = node.settings.student
+        return networks.build(student.name, student.options, len(self.plan.data.classes))
+
+    def _blank(self, node: Node) -> Blank:
+        return Blank(len(self.plan.data.classes), node.settings.stored)
+
+    def _samples(self, node: Node) -> Samples:
+        return self.plan.data.named(node.settings.data)
+
+    def _budget(self, node: Node) -> int:
+        return self.plan.data.damage_budget(node.settings.data)
+
+
+def free_bytes(place: Path) -> int:
+    """Free space where a directory is, or would be made."""
+    there = next(path for path in (place.absolute(), *place.absolute().parents) if path.exists())
+    return shutil.disk_usage(there).free
