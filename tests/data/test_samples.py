@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -22,6 +23,9 @@ class Numbers:
 
     def read(self, row: int) -> bytes:
         return b"%d" % row
+
+    def stamp(self, rows: np.ndarray) -> str:
+        return f"rows {rows.tolist()}"
 
 
 def numbers(
@@ -113,10 +117,10 @@ def test_a_split_leaves_images_on_both_sides(fraction: float) -> None:
         numbers([0, 1] * 5).split(fraction, 0)
 
 
-def test_concatenated_sets_read_through_and_keep_keys_apart() -> None:
+def test_concatenated_sets_read_through_and_keep_their_keys() -> None:
     both = concatenate([numbers([0, 1], shards=[1, 1]), numbers([1, 0, 1])])
     assert read_all(both) == [0, 1, 0, 1, 2]
-    assert len({both.key(i) for i in range(len(both))}) == len(both)
+    assert [both.key(i) for i in range(len(both))] == ["key-0", "key-1", "key-0", "key-1", "key-2"]
     assert both.where(4) == "place 2"
     assert both.shard_sizes.tolist() == [1, 1, 3]
     assert both.labels is not None
@@ -126,6 +130,50 @@ def test_concatenated_sets_read_through_and_keep_keys_apart() -> None:
 def test_a_subset_of_a_concatenation_reads_the_right_part() -> None:
     both = concatenate([numbers([0, 1]), numbers([1, 0, 1])])
     assert read_all(both.subset(np.array([1, 4]))) == [1, 2]
+
+
+def test_a_shard_is_known_by_what_it_holds_whatever_set_it_is_part_of() -> None:
+    whole = numbers(None, count=9, shards=[2, 4, 3])
+    assert whole.borders.tolist() == [0, 2, 6, 9]
+    assert whole.shard_ids == ("rows [0, 1]", "rows [2, 3, 4, 5]", "rows [6, 7, 8]")
+    other = numbers([0, 1], shards=[2])
+    assert concatenate([whole, other]).shard_ids == (*whole.shard_ids, *other.shard_ids)
+    assert whole.subset(np.arange(2, 9)).shard_ids == whole.shard_ids[1:]
+    assert whole.subset(np.array([0, 1, 2, 6, 7, 8])).shard_ids == ("rows [0, 1]", "rows [2]", "rows [6, 7, 8]")
+
+
+def test_a_shard_of_a_subset_of_a_joined_set_is_known_too() -> None:
+    both = concatenate([numbers(None, count=5, shards=[2, 3]), numbers(None, count=4, shards=[4])])
+    part = both.subset(np.arange(2, 9))
+    assert part.shard_ids == both.shard_ids[1:]
+    again = concatenate([part, numbers(None, count=3)])
+    assert again.shard_ids == (*both.shard_ids[1:], "rows [0, 1, 2]")
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=5), st.floats(0.01, 0.9))
+def test_about_a_share_of_every_shard_is_held_out(sizes: list[int], share: float) -> None:
+    samples = numbers(None, count=sum(sizes), shards=sizes)
+    rest, held = samples.hold_out(share)
+    assert sorted(read_all(rest) + read_all(held)) == list(range(sum(sizes)))
+    assert read_all(held) == sorted(read_all(held))
+    for start, stop in pairwise(samples.borders):
+        count = sum(start <= row < stop for row in read_all(held))
+        assert abs(count - share * (stop - start)) < 1
+
+
+def test_of_many_small_shards_the_share_is_right_on_average() -> None:
+    samples = numbers(None, count=3000, shards=[3] * 1000)
+    held = len(samples.hold_out(0.1)[1])
+    # 1000 draws of 0 or 1 with a probability of 0.3: five standard deviations
+    assert abs(held - 300) < 5 * (1000 * 0.3 * 0.7) ** 0.5
+
+
+def test_a_pool_that_grows_keeps_what_it_held_out() -> None:
+    small, grown = (numbers(None, count=sum(sizes), shards=sizes) for sizes in ([50, 70], [50, 70, 90]))
+    (rest, held), (more_rest, more_held) = small.hold_out(0.2), grown.hold_out(0.2)
+    assert read_all(held) == [row for row in read_all(more_held) if row < 120]
+    assert more_rest.shard_ids[:2] == rest.shard_ids
+    assert read_all(small.hold_out(0.2)[1]) == read_all(held)
 
 
 def test_labels_and_classes_of_a_mixture() -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from ssld.data import samples as samples_module
-from ssld.data.samples import Samples
+from ssld.data.samples import Samples, concatenate
 from ssld.data.sources import open_source
 from ssld.errors import DataError, RecipeError
 
@@ -254,6 +254,103 @@ def test_a_shard_that_changed_since_is_named(tmp_path: Path) -> None:
     (tmp_path / "1.tar").unlink()
     with pytest.raises(DataError, match=r"1\.tar: b\.jpg: expected to read"):
         found.read(2)
+
+
+# what a shard is known by
+
+
+def of_files(root: Path, kind: str) -> dict[str, str]:
+    """Eight images in four shards of two, as a folder or as a list."""
+    write(root / "images", {f"{i}.jpg": f"image {i}" for i in range(8)})
+    for i in range(8):
+        os.utime(root / "images" / f"{i}.jpg", ns=(0, 10**9 * i))
+    if kind == "folder":
+        return {"folder": str(root / "images")}
+    write(root, {"list.txt": "".join(f"{i}.jpg\n" for i in range(8))})
+    return {"list": str(root / "list.txt"), "root": str(root / "images")}
+
+
+def of_shards(root: Path) -> dict[str, str]:
+    """Four shards of two images."""
+    for shard in range(4):
+        write_tar(root / f"{shard}.tar", {f"{i}.jpg": f"image {shard} {i}" for i in range(2)})
+        os.utime(root / f"{shard}.tar", ns=(0, 10**9 * shard))
+    return {"shards": str(root)}
+
+
+@pytest.fixture(params=["folder", "list", "shards"])
+def pool(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[dict[str, str], Path]:
+    """A source of four shards, and the file that its third one is made of."""
+    monkeypatch.setattr(samples_module, "VIRTUAL_SHARD", 2)
+    if request.param == "shards":
+        return of_shards(tmp_path / "pool"), tmp_path / "pool" / "2.tar"
+    return of_files(tmp_path, request.param), tmp_path / "images" / "5.jpg"
+
+
+def shard_ids(spec: dict[str, str] | str) -> tuple[str, ...]:
+    return open_source(spec, labeled=False).shard_ids
+
+
+def test_every_shard_has_an_id_of_its_own_that_stays(pool: tuple[dict[str, str], Path]) -> None:
+    ids = shard_ids(pool[0])
+    assert len(set(ids)) == 4
+    assert shard_ids(pool[0]) == ids
+
+
+@pytest.mark.parametrize("change", ["time", "size"])
+def test_a_file_that_changed_changes_the_id_of_its_shard_alone(pool: tuple[dict[str, str], Path], change: str) -> None:
+    spec, file = pool
+    before, stat = shard_ids(spec), file.stat()
+    if change == "size" and file.suffix == ".tar":
+        write_tar(file, {f"{i}.jpg": "longer" * 2000 for i in range(2)})
+    elif change == "size":
+        file.write_bytes(file.read_bytes() + b".")
+    os.utime(file, ns=(0, stat.st_mtime_ns + (change == "time")))
+    after = shard_ids(spec)
+    assert [old == new for old, new in zip(before, after, strict=True)] == [True, True, False, True]
+
+
+def test_a_shard_keeps_its_id_in_every_set_it_is_part_of(pool: tuple[dict[str, str], Path]) -> None:
+    samples = open_source(pool[0], labeled=False)
+    other = open_source("builtin:shapes?count=3&size=8", labeled=False)
+    assert concatenate([other, samples]).shard_ids == (*other.shard_ids, *samples.shard_ids)
+    assert samples.subset(np.array([0, 1, 2, 6, 7])).shard_ids[::2] == samples.shard_ids[::3]
+    assert samples.subset(np.array([0, 1, 2, 6, 7])).shard_ids[1] not in samples.shard_ids
+
+
+def test_shards_that_are_added_leave_the_others_and_their_choice(tmp_path: Path) -> None:
+    spec = of_shards(tmp_path / "pool")
+    before = open_source(spec, labeled=False)
+    write_tar(tmp_path / "pool" / "4.tar", {f"{i}.jpg": f"image 4 {i}" for i in range(2)})
+    grown = open_source(spec, labeled=False)
+    assert grown.shard_ids[:4] == before.shard_ids
+    held, more = ([part.key(i) for i in range(len(part))] for part in (s.hold_out(0.5)[1] for s in (before, grown)))
+    assert held == [key for key in more if not key.startswith("4/")]
+
+
+def test_labels_are_no_part_of_what_a_shard_is(tmp_path: Path) -> None:
+    """The same images as a pool and as a labeled set have the same soft labels."""
+    write(tmp_path, {"cat/1.jpg": "c1", "dog/2.jpg": "d2"})
+    labeled, unlabeled = (open_source({"folder": str(tmp_path)}, labeled=labeled) for labeled in (True, False))
+    assert labeled.identity != unlabeled.identity
+    assert labeled.shard_ids == unlabeled.shard_ids
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("shapes?count=40&seed=1", "shapes?count=40&seed=2"),
+        ("shapes?count=40&size=8", "shapes?count=40&size=9"),
+        ("shapes?count=40&classes=3", "shapes?count=40&classes=4"),
+        ("digits?part=pool", "digits?part=labeled"),
+    ],
+)
+def test_shards_of_builtin_sets_are_told_apart(one: str, other: str) -> None:
+    first, second = (shard_ids(f"builtin:{name}") for name in (one, other))
+    assert not set(first) & set(second)
+    assert shard_ids(f"builtin:{one}") == first
 
 
 def test_many_threads_read_the_right_bytes(tmp_path: Path) -> None:
