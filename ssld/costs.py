@@ -58,8 +58,8 @@ class LabelWork:
 class Cost:
     """One stage that is to run.
 
-    steps: that are left; evaluated: images of one evaluation; labels: for each teacher; store: where labels will lie,
-    None where there is no teacher; free: bytes on that disk. speeds is None where the time of the probe was up.
+    steps: that are left; evaluated: images of one evaluation; labels: for each teacher; store: where they will lie,
+    None where none are kept; free: bytes on that disk; speeds: None where the time of the probe was up.
     """
 
     node: Node

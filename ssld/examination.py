@@ -92,7 +92,7 @@ class Examined:
 
     def table(self) -> Table:
         """Header and rows: how well it did when images were shown to it in other ways."""
-        rows = [
+        rows: list[tuple[str, ...]] = [
             (", ".join(trial.way.differences(self.configured)[0]), *_accuracy(trial.quality))
             for trial in self.trials
             if self.configured
