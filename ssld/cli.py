@@ -37,16 +37,12 @@ class Commands(click.Group):
             ctx.exit(128 + signal.SIGINT)
 
 
-class Part(click.ParamType):
-    """I/N, such as 3/10, with 1 <= I <= N."""
-
-    name = "I/N"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
-        number, slash, of = str(value).partition("/")
-        if not (slash and number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of)):
-            self.fail(f"expected I/N with I from 1 to N, such as 3/10, got {value!r}", param, ctx)
-        return int(number), int(of)
+def part_of(context: click.Context, option: click.Parameter, value: str) -> tuple[int, int]:
+    """I/N as two numbers."""
+    number, slash, of = value.partition("/")
+    if not (slash and number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of)):
+        raise click.BadParameter(f"expected I/N with I from 1 to N, such as 3/10, got {value!r}")
+    return int(number), int(of)
 
 
 def with_recipe(command: Callable[..., None]) -> Callable[..., None]:
@@ -179,7 +175,14 @@ def check(recipe: str, out: Path | None, device: str, **options: Any) -> None:
 @with_recipe
 @click.option("--out", type=click.Path(path_type=Path), help="The run directory; runs/NAME when left out.")
 @click.option("--stage", help="Of this stage only (number or name).")
-@click.option("--part", type=Part(), default="1/1", show_default=True, help="The I-th of N slices of the shards.")
+@click.option(
+    "--part",
+    callback=part_of,
+    metavar="I/N",
+    default="1/1",
+    show_default=True,
+    help="The I-th of N slices of the shards.",
+)
 @click.option("--device", type=click.Choice(["cpu", "gpu"]), default="cpu", show_default=True)
 @click.option("--trust-teacher", is_flag=True, help="Go on with a teacher that is no better than chance.")
 def label(recipe: str, out: Path | None, overrides: tuple[str, ...], **options: Any) -> None:
@@ -220,7 +223,7 @@ def info(place: Path) -> None:
 
     rows = []
     for kept in kept_in(place):
-        made = next((header["made"] for _, header, _ in kept.headers() if header), {})
+        made: dict[str, Any] = next((header["made"] for _, header, _ in kept.headers() if header), {})
         about = kept.about
         pixels, steps = about["transform"]["size"], about["transform"]["steps"]
         rows.append(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 from ssld.errors import SsldError
 from ssld.graph import Node
+from ssld.labels.format import bytes_per_view
 from ssld.members import Members
 from ssld.wording import size
 
@@ -19,43 +21,42 @@ HEADER_BYTES = 1700
 class LabelForecast:
     """The soft labels of one stage by one teacher.
 
-    size: of the teacher's input in pixels; epochs: of the stage; shards, missing: label files in all, and those that
-    are not there; missing_images: in these; directory: where they lie. The last four and size are None where the
-    teacher cannot be known yet, and why_unknown says why.
+    images, shards: of the stage's data; missing, missing_images: shards without labels, and the images in them.
+    epochs: of the stage; size: of the teacher's input in pixels, and directory: where the labels lie, both None where
+    the teacher cannot be known yet, and why_unknown says why.
     """
 
     teacher: str
     images: int
+    shards: int
+    missing: int
+    missing_images: int
     views: int
     epochs: int
+    bytes_per_view: int
     size: int | None = None
-    shards: int | None = None
-    missing: int | None = None
-    missing_images: int | None = None
-    bytes_per_view: int = 0
     directory: Path | None = None
     why_unknown: str = ""
 
     @property
     def passes(self) -> int:
         """Images that the teacher is still to be shown."""
-        return (self.images if self.missing_images is None else self.missing_images) * self.views
+        return self.missing_images * self.views
 
     @property
     def bytes(self) -> int:
         """Bytes of the label files that are still to be written."""
-        return self.passes * self.bytes_per_view + (self.missing or 0) * HEADER_BYTES
+        return self.passes * self.bytes_per_view + self.missing * HEADER_BYTES
 
     def what(self) -> str:
         """What would be done, and what that saves."""
         online = f"{self.epochs * self.images:,} online"
-        if self.why_unknown:
-            return f"run: {self.passes:,} passes of the teacher instead of {online}, {self.why_unknown}"
         if not self.missing:
             return f"skip: all {self.shards} shards are in {self.directory}, no pass of the teacher instead of {online}"
+        where = self.why_unknown or f"in {self.directory}"
         return (
             f"run: {self.missing} of {self.shards} shards, {self.passes:,} passes of the teacher instead of {online}, "
-            f"{size(self.bytes)} in {self.directory}"
+            f"{size(self.bytes)} {where}"
         )
 
 
@@ -70,29 +71,25 @@ def label_forecasts(members: Members, node: Node, waiting: Collection[str]) -> t
     first = [name for name in node.settings.teacher_stages if name in waiting]
     try:
         stores = [] if first else members.stores(node)
-        reason = f"after {', '.join(first)}"
+        why_unknown = f"after {', '.join(first)}"
     except SsldError as error:
-        stores, reason = [], f"not known yet: {error}"
-    if not stores:
-        return tuple(
-            LabelForecast(setting.name, len(samples), stored.views, node.settings.epochs, why_unknown=reason)
-            for setting in node.settings.taught_by
-        )
+        stores, why_unknown = [], f"not known yet: {error}"
     found = []
-    for (store, member), setting in zip(stores, node.settings.taught_by, strict=True):
-        missing = store.missing(samples)
+    for setting, known in zip_longest(node.settings.taught_by, stores):
+        missing = known[0].missing(samples) if known else list(range(len(samples.shard_ids)))
         found.append(
             LabelForecast(
-                setting.name,
-                len(samples),
-                stored.views,
-                node.settings.epochs,
-                size=member.teacher.spec.size,
+                teacher=setting.name,
+                images=len(samples),
                 shards=len(samples.shard_ids),
                 missing=len(missing),
                 missing_images=int(samples.shard_sizes[missing].sum()),
-                bytes_per_view=store.description.bytes_per_view,
-                directory=store.directory,
+                views=stored.views,
+                epochs=node.settings.epochs,
+                bytes_per_view=bytes_per_view(len(members.plan.data.classes), stored.top_k),
+                size=known[1].teacher.spec.size if known else None,
+                directory=known[0].directory if known else None,
+                why_unknown="" if known else why_unknown,
             )
         )
     return tuple(found)

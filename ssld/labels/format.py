@@ -134,6 +134,12 @@ def damaged(shape: tuple[int, ...], classes: int, top_k: int) -> Packed:
     )
 
 
+def bytes_per_view(classes: int, top_k: int) -> int:
+    """Of the labels of one view; a file has a header of less than two thousand bytes besides."""
+    one = damaged((), classes, top_k)
+    return one.ids.nbytes + one.codes.nbytes + one.rest.nbytes
+
+
 def quantize(log_probabilities: np.ndarray) -> np.ndarray:
     """uint8 codes of log-probabilities, which are at most 0; the larger the code, the less probable the class."""
     return np.rint(_STEPS * np.sqrt(np.clip(-log_probabilities / LIMIT, 0, 1))).astype(np.uint8)

@@ -26,7 +26,7 @@ from ssld.data.transforms import Pipeline
 from ssld.environment import environment
 from ssld.errors import LabelError
 from ssld.files import commit_exclusive, disk, reported, sweep_old
-from ssld.labels.format import QUANTIZER, Packed, damaged, decode, encode
+from ssld.labels.format import QUANTIZER, Packed, decode, encode
 
 FORMAT = 1
 DESCRIPTION = "labels.json"
@@ -78,12 +78,6 @@ class Description:
             "classes": {"number": len(self.classes), "sha256": digest(*self.classes)},
         }
 
-    @property
-    def bytes_per_view(self) -> int:
-        """Of the labels themselves; a file has a header of about 1,700 bytes besides."""
-        one = damaged((), len(self.classes), self.top_k)
-        return one.ids.nbytes + one.codes.nbytes + one.rest.nbytes
-
     @cached_property
     def fingerprint(self) -> str:
         """sha256 of the basis."""
@@ -125,7 +119,7 @@ class Store:
     root: Path
     description: Description
 
-    @property
+    @cached_property
     def directory(self) -> Path:
         return self.root / self.description.fingerprint[:16]
 

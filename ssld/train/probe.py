@@ -27,10 +27,9 @@ from ssld.data.transforms import Pipeline, normalize
 from ssld.engine import overview
 from ssld.errors import Interrupted, PluginError
 from ssld.examination import alone
-from ssld.forecast import HEADER_BYTES, LabelForecast
+from ssld.forecast import LabelForecast
 from ssld.graph import Node, make_plan, pipeline
 from ssld.journal import Journal
-from ssld.labels.format import damaged
 from ssld.members import Members
 from ssld.overview import Overview
 from ssld.recipe import read_recipe
@@ -338,11 +337,7 @@ class Probe:
         if forecast is None or stored is None or key in self.counted:
             return 0, 0
         self.counted.add(key)
-        if not forecast.why_unknown:
-            return forecast.passes, forecast.bytes
-        packed = damaged((), len(self.plan.data.classes), stored.top_k)
-        view_bytes = packed.ids.nbytes + packed.codes.nbytes + packed.rest.nbytes
-        return forecast.passes, forecast.passes * view_bytes + len(self._samples(node).shard_ids) * HEADER_BYTES
+        return forecast.passes, forecast.bytes
 
     def _tested(self, node: Node, setting: TeacherSetting) -> int:
         """Images about which a teacher is asked at test time: to measure it, and to compare the student with it."""

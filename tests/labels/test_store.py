@@ -24,7 +24,7 @@ from ssld.data.sources import open_source
 from ssld.data.transforms import Pipeline
 from ssld.errors import LabelError, StorageError
 from ssld.labels import store as storing
-from ssld.labels.format import encode, pack
+from ssld.labels.format import bytes_per_view, encode, pack
 from ssld.labels.store import Description, Probe, Store
 
 CLASSES = tuple("abcde")
@@ -165,7 +165,8 @@ def test_a_file_is_as_large_as_forecast(tmp_path, open_pool, monkeypatch):
         pool = open_source(f"builtin:shapes?count={count}", labeled=False)
         fill(store, pool)
         sizes.append(store.file(pool, 0).stat().st_size)
-    assert (sizes[1] - sizes[0]) / (2000 * 2) == pytest.approx(ABOUT.bytes_per_view, abs=0.01)
+    expected = bytes_per_view(len(ABOUT.classes), ABOUT.top_k)
+    assert (sizes[1] - sizes[0]) / (2000 * 2) == pytest.approx(expected, abs=0.01)
 
 
 @pytest.mark.parametrize("place", ["first", "last", "subset", "grown"])

@@ -166,15 +166,20 @@ def test_of_a_teacher_that_is_still_to_be_trained_the_passes_are_known(forecast_
     members, (forecast,) = forecast_of("stages.distill.teacher={stage: teach}", waiting={"teach", "distill"})
     images = images_of(members)
     assert (forecast.teacher, forecast.passes, forecast.directory) == ("stage teach", 2 * images, None)
-    assert forecast.what() == (f"run: {2 * images} passes of the teacher instead of {6 * images} online, after teach")
+    assert forecast.what().startswith(
+        f"run: 6 of 6 shards, {2 * images} passes of the teacher instead of {6 * images} online, "
+    )
+    assert forecast.what().endswith(" after teach")
 
 
 def test_a_teacher_that_cannot_be_had_yet_says_why(forecast_of):
     _, (forecast,) = forecast_of("stages.distill.teacher={plugin: acme, refuse: true}")
-    assert forecast.missing is None
+    assert (forecast.missing, forecast.directory) == (6, None)
     assert forecast.what().endswith("not known yet: the service does not answer")
 
 
 def test_thousands_are_set_apart():
-    forecast = LabelForecast("t", 5000, 2, 100, why_unknown="after teach")
-    assert forecast.what() == "run: 10,000 passes of the teacher instead of 500,000 online, after teach"
+    forecast = LabelForecast("t", 5000, 5, 5, 5000, 2, 100, bytes_per_view=25, why_unknown="after teach")
+    assert forecast.what() == (
+        "run: 5 of 5 shards, 10,000 passes of the teacher instead of 500,000 online, 258 kB after teach"
+    )
