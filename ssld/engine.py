@@ -91,7 +91,9 @@ def overview(directory: Path, plan: Plan) -> Overview:
     tested = None if test is None else run.tested(last, test.identity)
     members = Members(run, plan, Options(), lambda _: None)
     waiting = {node.name for node, status in stages if status.kind != "done"}
-    labels = {node.name: label_forecasts(members, node, waiting) for node in plan.nodes if node.name in waiting}
+    foreseen: set[object] = set()
+    todo = [node for node in plan.nodes if node.name in waiting]
+    labels = {node.name: label_forecasts(members, node, waiting, foreseen) for node in todo}
     return Overview(directory, stages, labels, tuple(remarks), test=tested)
 
 

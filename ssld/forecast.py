@@ -52,7 +52,8 @@ class LabelForecast:
         """What would be done, and what that saves."""
         online = f"{self.epochs * self.images:,} online"
         if not self.missing:
-            return f"skip: all {self.shards} shards are in {self.directory}, no pass of the teacher instead of {online}"
+            place = f"are in {self.directory}" if self.directory else "will be there"
+            return f"skip: all {self.shards} shards {place}, no pass of the teacher instead of {online}"
         where = self.why_unknown or f"in {self.directory}"
         return (
             f"run: {self.missing} of {self.shards} shards, {self.passes:,} passes of the teacher instead of {online}, "
@@ -60,10 +61,13 @@ class LabelForecast:
         )
 
 
-def label_forecasts(members: Members, node: Node, waiting: Collection[str]) -> tuple[LabelForecast, ...]:
+def label_forecasts(
+    members: Members, node: Node, waiting: Collection[str], foreseen: set[object]
+) -> tuple[LabelForecast, ...]:
     """What the soft labels of a stage would take, for each of its teachers; none where the teacher is asked online.
 
-    waiting: the stages that are still to run, whose results are not known.
+    waiting: the stages that are still to run, whose results are not known; foreseen: the labels that earlier stages of
+    the plan will have made, to which this one's are added.
     """
     stored, samples = node.settings.stored, members.plan.data.named(node.settings.data)
     if stored is None:
@@ -76,7 +80,10 @@ def label_forecasts(members: Members, node: Node, waiting: Collection[str]) -> t
         stores, why_unknown = [], f"not known yet: {error}"
     found = []
     for setting, known in zip_longest(node.settings.taught_by, stores):
-        missing = known[0].missing(samples) if known else list(range(len(samples.shard_ids)))
+        missing = known[0].missing(samples) if known else range(len(samples.shard_ids))
+        place = known[0].directory if known else repr((setting, stored, node.settings.resolution))
+        missing = [shard for shard in missing if (place, samples.shard_ids[shard]) not in foreseen]
+        foreseen |= {(place, samples.shard_ids[shard]) for shard in missing}
         found.append(
             LabelForecast(
                 teacher=setting.name,

@@ -65,7 +65,7 @@ class RunDirectory:
         self.path = path
 
     def exists(self) -> bool:
-        return (self.path / "recipe.yaml").is_file()
+        return all((self.path / name).is_file() for name in ("recipe.yaml", "run.json"))
 
     def claim(self) -> None:
         """Make sure that the directory can be written and is a run's, or empty. Raises OutputError.
@@ -81,9 +81,9 @@ class RunDirectory:
         writable(self.path)
 
     def _strangers(self) -> Iterator[str]:
-        """What a run that was killed before it began would not have left."""
+        """What a run that was killed before it began would not have left; its recipe is the last that it writes."""
         names = (path.name for path in self.path.iterdir())
-        return (name for name in names if name not in OWN and not name.startswith(".tmp-"))
+        return (name for name in names if name not in OWN[1:] and not name.startswith(".tmp-"))
 
     def clear(self) -> None:
         """Remove what a killed process left half done; only for the holder of the lock."""

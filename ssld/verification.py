@@ -11,7 +11,7 @@ import numpy as np
 from ssld.contracts import Soft
 from ssld.data.loader import Damage, view_batches
 from ssld.data.samples import Samples
-from ssld.errors import LabelError, RecipeError
+from ssld.errors import DataError, LabelError, RecipeError
 from ssld.graph import make_plan
 from ssld.labels.inspect import Kept
 from ssld.labels.reader import Reader
@@ -54,7 +54,11 @@ def verify_all(
         if broken or not kept.files:
             rows.append((kept.directory.name, str(len(kept.files)), *[""] * 5))
             continue
-        verdict = verify(kept, run or run_of(kept), report)
+        try:
+            verdict = verify(kept, run or run_of(kept), report)
+        except DataError as error:
+            faults.append(str(error))
+            continue
         if verdict.agreement < AGREEMENT or not verdict.kl <= tolerance:
             faults.append(
                 f"{kept.directory}: expected the teacher to agree with at least {AGREEMENT:.0%} of its labels and a KL "

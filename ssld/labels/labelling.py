@@ -32,6 +32,25 @@ class Work:
     progress: Callable[[int, int], None] = lambda done, total: None
 
 
+@dataclass
+class _Meter:
+    """How far a labelling is, in views."""
+
+    work: Work
+    total: int
+    done: int = 0
+
+    def go_on(self) -> None:
+        """Raise Interrupted when a signal came."""
+        if number := self.work.stop():
+            at = f"after {self.done} of {self.total} views"
+            raise Interrupted(f"labelling: stopped {at}; whole shards are kept", 128 + number)
+
+    def reach(self, done: int) -> None:
+        self.done = done
+        self.work.progress(done, self.total)
+
+
 def label(store: Store, teacher: Teacher, samples: Samples, shards: Sequence[int], work: Work) -> int:
     """Label these shards and return how many of them were written; another process may have been first.
 
@@ -39,22 +58,13 @@ def label(store: Store, teacher: Teacher, samples: Samples, shards: Sequence[int
     Raises Interrupted when a signal came: what is committed stays.
     """
     store.begin()
-    total = int(samples.shard_sizes[list(shards)].sum()) * store.description.replay.views
-    done = written = 0
-
-    def advance(views: int) -> None:
-        nonlocal done
-        done += views
-        work.progress(done, total)
-        if number := work.stop():
-            raise Interrupted(f"labelling: stopped after {done} of {total} views; whole shards are kept", 128 + number)
-
-    for place, shard in enumerate(shards):
-        if store.file(samples, shard).exists():
-            advance(int(samples.shard_sizes[shard]) * store.description.replay.views)
-            continue
-        packed, probe = _label_shard(store, teacher, samples, shard, work.damage, advance)
-        written += store.commit(samples, shard, packed, probe, len(shards) - place)
+    ends = np.cumsum(samples.shard_sizes[list(shards)]) * store.description.replay.views
+    meter, written = _Meter(work, int(ends[-1])), 0
+    for place, (shard, end) in enumerate(zip(shards, ends, strict=True)):
+        if not store.file(samples, shard).exists():
+            packed, probe = _label_shard(store, teacher, samples, shard, meter)
+            written += store.commit(samples, shard, packed, probe, len(shards) - place)
+        meter.reach(int(end))
     return written
 
 
@@ -64,29 +74,31 @@ def part(shards: Sequence[int], number: int, of: int) -> list[int]:
 
 
 def _label_shard(
-    store: Store, teacher: Teacher, samples: Samples, shard: int, damage: Damage, advance: Callable[[int], None]
+    store: Store, teacher: Teacher, samples: Samples, shard: int, meter: _Meter
 ) -> tuple[Packed, Probe | None]:
     about = store.description
     start, stop = (int(border) for border in samples.borders[shard : shard + 2])
     packed = damaged((stop - start, about.replay.views), len(about.classes), about.top_k)
     probe = None
-    with closing(_answers(store, teacher, samples, range(start, stop), damage)) as answers:
+    with closing(_answers(store, teacher, samples, range(start, stop), meter)) as answers:
         for batch, logits in answers:
             rows = batch.indices - start, batch.views
             answer = pack(logits, about.top_k, about.temperature)
             packed.ids[rows], packed.codes[rows], packed.rest[rows] = answer.ids, answer.codes, answer.rest
             probe = probe or Probe(int(rows[0][0]), digest(batch.images[0][0]), digest(logits[0]))
-            advance(len(logits))
+            meter.reach(meter.done + len(logits))
     return packed, probe
 
 
 def _answers(
-    store: Store, teacher: Teacher, samples: Samples, indices: Sequence[int], damage: Damage
+    store: Store, teacher: Teacher, samples: Samples, indices: Sequence[int], meter: _Meter
 ) -> Generator[tuple[Batch, np.ndarray], None, None]:
     """Batches of views, and the teacher's logits for each."""
-    about = store.description
+    about, damage = store.description, meter.work.damage
     batches = view_batches(samples, about.pipeline, about.replay, batch_size=BATCH, indices=indices, damage=damage)
     with closing(batches):
         for batch in batches:
+            # before the teacher is asked: after its last answer the shard is committed, whatever comes
+            meter.go_on()
             names = [samples.where(int(index)) for index in batch.indices]
             yield batch, ask(teacher, batch.images[0], len(about.classes), about.who, names)

@@ -25,7 +25,7 @@ from ssld.data.samples import Samples, digest
 from ssld.data.transforms import Pipeline
 from ssld.environment import environment
 from ssld.errors import LabelError
-from ssld.files import commit_exclusive, disk, reported, sweep_old
+from ssld.files import commit_exclusive, disk, reported, sweep_old, write_atomic
 from ssld.labels.format import QUANTIZER, Packed, decode, encode
 
 FORMAT = 1
@@ -135,7 +135,9 @@ class Store:
     def begin(self) -> None:
         """Make the directory with its description, and remove what killed processes left in it."""
         about = {**self.description.basis, "names": list(self.description.classes)}
-        commit_exclusive(self.directory / DESCRIPTION, (json.dumps(about, indent=1, sort_keys=True) + "\n").encode())
+        data, path = (json.dumps(about, indent=1, sort_keys=True) + "\n").encode(), self.directory / DESCRIPTION
+        if not path.is_file() or path.read_bytes() != data:
+            write_atomic(path, data)
         sweep_old(self.directory, ABANDONED)
 
     def commit(self, samples: Samples, shard: int, packed: Packed, probe: Probe | None, shards_left: int) -> bool:

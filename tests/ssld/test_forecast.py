@@ -73,7 +73,7 @@ def forecast_of(monkeypatch, tmp_path):
         Path("recipe.yaml").write_text(json.dumps(RECIPE))
         plan = make_plan(read_recipe("recipe.yaml", overrides))
         members = Members(RunDirectory(Path("run")), plan, Options(), lambda _: None)
-        return members, label_forecasts(members, plan.node("distill"), waiting)
+        return members, label_forecasts(members, plan.node("distill"), waiting, set())
 
     return forecast
 
