@@ -69,8 +69,12 @@ class Result:
 
     def table(self) -> list[dict[str, str]]:
         """The rows of the table on standard output, by the words of its header."""
-        header, *rows = (re.split(r" {2,}", line) for line in self.out.splitlines())
-        return [dict(zip(header, row, strict=True)) for row in rows]
+        header, *rows = self.out.splitlines()
+        columns = [(found[0], found.start()) for found in re.finditer(r"\S+(?: \S+)*", header)]
+        ends = [start for _, start in columns[1:]] + [None]
+        return [
+            {name: row[start:end].rstrip() for (name, start), end in zip(columns, ends, strict=True)} for row in rows
+        ]
 
 
 @dataclass

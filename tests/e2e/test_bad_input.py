@@ -19,7 +19,8 @@ def untouched(ssld) -> None:
 def unspent(ssld) -> None:
     """No stage has begun, and no temporary file is left."""
     left = {path.name for path in (ssld.folder / "runs" / "tiny").iterdir()}
-    assert left <= {"recipe.yaml", "run.json", "run.lock", "train.log", "metrics.jsonl"}
+    assert left <= {"recipe.yaml", "run.json", "run.lock", "train.log", "metrics.jsonl", "labels.store"}
+    assert not any((ssld.folder / "runs" / "tiny").glob("labels.store/*")), "it was only tried whether it can be made"
 
 
 @pytest.mark.parametrize(

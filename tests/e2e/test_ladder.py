@@ -98,7 +98,7 @@ def test_eval_measures_what_the_table_says(ssld, reference):
     ("what", "expected"),
     [
         ("stages", {"pretrain", "distill", "finetune", "fixres"}),
-        ("teachers", {"network", "stage"}),
+        ("teachers", {"network", "stage", "onnx"}),
         ("students", {"ResNet50_vd", "MobileNetV3_large_x1_0", "MobileNetV3_small_x0_35"}),
         ("losses", {"js", "kl", "ce"}),
     ],
