@@ -315,7 +315,7 @@ def test_where_labels_are_kept_does_not_matter_nor_classes_that_are_not_there(pl
 
 def test_labels_of_another_temperature_are_refused_at_their_stage(plan):
     message = (
-        r"recipe\.yaml:\d+:\d+: stages\.distill: expected soft labels of the loss's temperature, 2, got "
+        r"recipe\.yaml:\d+:\d+: stages\.distill: expected soft labels of the loss's temperature, 2\.0, got "
         r"labels\.temperature: 1 and 3 of 4 classes; .* top_k: 4, or write labels: online"
     )
     with pytest.raises(RecipeError, match=message):
@@ -441,6 +441,18 @@ def test_a_file_of_a_teacher_counts_by_its_content_wherever_it_lies(plan, tmp_pa
     assert str(tmp_path) not in json.dumps(before.node("finetune").basis)
     assert differing(before, taught_by("second", b"content")) == []
     assert differing(before, taught_by("first", b"contents")) == ["finetune", "fixres"]
+
+
+def test_tensors_beside_an_onnx_file_count_by_their_content(plan, tmp_path):
+    (tmp_path / "model.onnx").write_bytes(b"graph")
+
+    def with_tensors(content):
+        (tmp_path / "model.onnx.data").write_bytes(content)
+        return plan({"stages.finetune.teacher": {"onnx": str(tmp_path / "model.onnx")}})
+
+    before = with_tensors(b"tensors")
+    assert differing(before, with_tensors(b"tensors")) == []
+    assert differing(before, with_tensors(b"TENSORS")) == ["finetune", "fixres"]
 
 
 @pytest.mark.parametrize("key", ["onnx", "class_map"])
