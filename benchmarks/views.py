@@ -41,8 +41,9 @@ def options(kept: tuple[int, int] | None, store: Path, teacher: Path) -> list[st
 @click.option("--teacher", type=click.Path(path_type=Path, exists=True), required=True)
 @click.option("--out", type=click.Path(path_type=Path), default="runs/views", show_default=True)
 @click.option("--seeds", type=int, default=3, show_default=True)
+@click.option("--epochs", type=int, help="Of each training; the recipe's when left out.")
 @click.option("--only", multiple=True, type=click.Choice(list(KINDS)), help="These kinds of label only; repeatable.")
-def main(teacher: Path, out: Path, seeds: int, only: tuple[str, ...]) -> None:
+def main(teacher: Path, out: Path, seeds: int, epochs: int | None, only: tuple[str, ...]) -> None:
     """Run what is missing, then print the table."""
     rows = []
     for name, kept in KINDS.items():
@@ -50,11 +51,14 @@ def main(teacher: Path, out: Path, seeds: int, only: tuple[str, ...]) -> None:
             continue
         place = out / name.replace(", ", "").replace("=", "")
         chosen = options(kept, place / "labels", teacher.resolve())
+        length = (
+            ["-o", f"stages.distill.epochs={epochs}", "-o", f"stages.distill.eval_interval={epochs}"] if epochs else []
+        )
         seconds = command("label", RECIPE, "--out", place / "labelling", *chosen) if kept else 0.0
         found = []
         for seed in range(seeds):
-            run = place / f"seed{seed}"
-            command("run", RECIPE, "--out", run, "-o", f"seed={seed}", *chosen)
+            run = place / f"seed{seed}{f'-{epochs}' if epochs else ''}"
+            command("run", RECIPE, "--out", run, "-o", f"seed={seed}", *chosen, *length)
             found.append(ssld.status(run).stages[0][1])
         size = max((item.bytes for item in kept_in(place / "labels")), default=0) if kept else 0
         top1 = [status.metrics["top1"] for status in found]
