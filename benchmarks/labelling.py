@@ -26,7 +26,7 @@ from ssld.data.sources import open_source
 from ssld.data.transforms import Pipeline
 from ssld.labels.labelling import Work, label
 from ssld.labels.store import Description, Store
-from ssld.teaching import prepare
+from ssld.teaching.asking import prepare
 
 SIZE, CLASSES, IMAGES, TURNS = 64, 1000, 160, 5
 PIPELINE = Pipeline.read(["RandCropImage", "RandFlipImage", "NormalizeImage"], SIZE)

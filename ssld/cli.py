@@ -135,8 +135,8 @@ def plan(
     remark(overview)
     show(*overview.forecast())
     if measure:
-        from ssld.costs import table
-        from ssld.train.probe import measure as probe
+        from ssld.preview.costs import table
+        from ssld.preview.probe import measure as probe
 
         click.echo("measuring, for at most a minute", err=True)
         costs = probe(recipe, out, overrides=overrides, device=device, limit=limit)
@@ -156,7 +156,7 @@ def check(recipe: str, out: Path | None, device: str, **options: Any) -> None:
     Say how good the teachers of a recipe are on at most 1,000 validation images, in at most a minute for each. A
     poor one is shown the images with other normalizations and sizes too. Writes only the index cache.
     """
-    from ssld.examination import examine_all
+    from ssld.preview.examination import examine_all
     from ssld.train.networks import use_device
 
     use_device(device)

@@ -11,13 +11,13 @@ from pathlib import Path
 from ssld.changes import Old, refusal, what_changed
 from ssld.environment import environment
 from ssld.errors import ChangedError, CheckpointError, Interrupted, RecipeError, SsldError, StorageError
-from ssld.forecast import label_forecasts
 from ssld.graph import Node, Plan, make_plan
 from ssld.inputs import Inputs
 from ssld.journal import Journal
 from ssld.lock import RunLock, holder
 from ssld.members import Members
 from ssld.overview import Overview
+from ssld.preview.forecast import label_forecasts
 from ssld.recipe import Recipe, differences, dump, read_recipe
 from ssld.rundir import Options, RunDirectory, Status
 from ssld.signals import Stop

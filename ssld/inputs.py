@@ -16,7 +16,7 @@ from ssld.members import Members
 from ssld.rundir import Options, RunDirectory, state_of
 from ssld.seeds import derive
 from ssld.soft import SoftSource
-from ssld.teaching import together
+from ssld.teaching.asking import together
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from ssld import checkpoint, plugins
-from ssld.classmap import Mapped, read_class_map
 from ssld.contracts import Teacher
 from ssld.data.loader import Replay
 from ssld.data.samples import same_classes
@@ -18,7 +17,8 @@ from ssld.graph import Node, Plan, pipeline
 from ssld.labels.store import Description, Store
 from ssld.rundir import Options, RunDirectory, result_of
 from ssld.settings import TeacherSetting
-from ssld.teaching import Member, tested
+from ssld.teaching.asking import Member, tested
+from ssld.teaching.classmap import Mapped, read_class_map
 
 COMPARED_CLASSES = 10
 """What is kept of a teacher's answer where it is only measured, or compared with the student."""

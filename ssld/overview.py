@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ssld.forecast import LabelForecast
 from ssld.graph import Node
 from ssld.journal import duration
+from ssld.preview.forecast import LabelForecast
 from ssld.rundir import Status
 
 STATES = {"done": "finished", "resume": "stopped", "changed": "changed", "new": "to do"}

@@ -17,7 +17,7 @@ from ssld.labels.labelling import Work, label, part
 from ssld.labels.reader import Reader, StoredLabels
 from ssld.labels.store import Store
 from ssld.members import Members
-from ssld.teaching import CHECKED, Member, OnlineLabels, Quality, expect_better_than_chance, quality, together
+from ssld.teaching.asking import CHECKED, Member, OnlineLabels, Quality, expect_better_than_chance, quality, together
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from ssld.labels.store import Store
 from ssld.members import Members
 from ssld.metrics import agreement
 from ssld.rundir import RunDirectory
-from ssld.teaching import CHECKED, Member, ask
+from ssld.teaching.asking import CHECKED, Member, ask
 
 SAMPLED = 64
 AGREEMENT = 0.99

@@ -12,7 +12,7 @@ from ssld.checkpoint import read_weights
 from ssld.contracts import Teacher, TeacherSpec
 from ssld.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from ssld.environment import PADDLE, PADDLE_GPU, installed
-from ssld.teaching import Deferred, fingerprint
+from ssld.teaching.asking import Deferred, fingerprint
 
 Triple = tuple[float, float, float]
 Precision = Literal["float32", "bfloat16"]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from ssld.contracts import Arrays, Model, Teacher, TeacherSpec
-from ssld.teaching import Deferred, fingerprint
+from ssld.teaching.asking import Deferred, fingerprint
 
 # the room imports itself by dots; ruff takes that for the name of its folder
 from .network import Precision, engine  # noqa: TID251

@@ -17,7 +17,7 @@ from ssld.data.sources import open_source
 from ssld.data.transforms import Pipeline
 from ssld.journal import Journal
 from ssld.settings import Context
-from ssld.teaching import Member, OnlineLabels
+from ssld.teaching.asking import Member, OnlineLabels
 
 # a shell that starts the suite in the background makes it ignore Ctrl-C, and so everything that it tests
 signal.signal(signal.SIGINT, signal.default_int_handler)

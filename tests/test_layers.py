@@ -51,6 +51,7 @@ DOORS = {
 WITH_PADDLE = (
     "ssld.train",
     "ssld.preflight",
+    "ssld.preview.probe",
     "ssld.doctor",
     "ssld.score",
     "ssld.students",

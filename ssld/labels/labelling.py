@@ -15,7 +15,7 @@ from ssld.data.samples import Samples, digest
 from ssld.errors import Interrupted
 from ssld.labels.format import Packed, damaged, pack
 from ssld.labels.store import Probe, Store
-from ssld.teaching import ask
+from ssld.teaching.asking import ask
 
 BATCH = 64
 

@@ -12,11 +12,11 @@ from ssld.data.images import decode
 from ssld.data.loader import Batch, Replay
 from ssld.data.samples import Samples, digest
 from ssld.data.transforms import Pipeline, view
-from ssld.ensemble import average
 from ssld.errors import DataError, LabelError
 from ssld.labels.format import damaged, unpack
 from ssld.labels.store import Labels, Store
 from ssld.seeds import derive
+from ssld.teaching.ensemble import average
 
 PROBED = 3
 

@@ -308,7 +308,7 @@ def test_another_teacher_beside_the_first_is_the_only_one_that_is_asked(stored, 
 
 # Online and stored ---------------------------------------------------------------------------------------------------
 
-SMALL = ("--limit", "256")
+SMALL = ("--limit", "128")
 
 
 def trained(ssld, out: str, **keys: object) -> tuple[float, dict[str, np.ndarray], list[str]]:

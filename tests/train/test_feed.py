@@ -13,7 +13,7 @@ from ssld.data.loader import Damage, Replay, view_batches
 from ssld.data.samples import Samples
 from ssld.data.transforms import Pipeline, normalize
 from ssld.errors import DataError, TeacherError
-from ssld.teaching import Member, OnlineLabels
+from ssld.teaching.asking import Member, OnlineLabels
 from ssld.train.feed import feed
 
 SIDE = 96

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ssld.classmap import ClassMap, Mapped, Pair, read_class_map
 from ssld.contracts import Teacher, TeacherSpec
 from ssld.errors import RecipeError, TeacherError
+from ssld.teaching.classmap import ClassMap, Mapped, Pair, read_class_map
 
 BREEDS = ("tabby", "siamese", "beagle", "pug", "toaster")
 ANIMALS = ("cat", "dog", "horse")

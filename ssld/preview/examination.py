@@ -10,8 +10,6 @@ from pathlib import Path
 
 import numpy as np
 
-from ssld.appraisal import Appraisal, appraise
-from ssld.classmap import Mapped
 from ssld.contracts import Teacher, TeacherSpec
 from ssld.data.loader import Batch, Damage, Replay, view_batches
 from ssld.data.samples import Samples, spread
@@ -24,8 +22,10 @@ from ssld.overview import Table
 from ssld.recipe import read_recipe
 from ssld.rundir import Options, RunDirectory
 from ssld.settings import TeacherSetting
-from ssld.suspicion import Trial, Way, shown, try_ways, verdict, way_of
-from ssld.teaching import CHECKED, Member, Quality, ask, expect_better_than_chance
+from ssld.teaching.appraisal import Appraisal, appraise
+from ssld.teaching.asking import CHECKED, Member, Quality, ask, expect_better_than_chance
+from ssld.teaching.classmap import Mapped
+from ssld.teaching.suspicion import Trial, Way, shown, try_ways, verdict, way_of
 
 SECONDS = 60.0
 """For each teacher."""

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ssld.contracts import Soft
-from ssld.ensemble import average
+from ssld.teaching.ensemble import average
 
 
 def dense(logits, temperature=1.0):

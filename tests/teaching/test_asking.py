@@ -15,7 +15,7 @@ from ssld.contracts import Soft, Teacher, TeacherSpec
 from ssld.data.loader import Batch
 from ssld.data.transforms import Pipeline, view
 from ssld.errors import RecipeError, TeacherError
-from ssld.teaching import (
+from ssld.teaching.asking import (
     Deferred,
     Member,
     OnlineLabels,
@@ -26,7 +26,7 @@ from ssld.teaching import (
     quality,
     together,
 )
-from ssld.teaching import tested as at_test_time
+from ssld.teaching.asking import tested as at_test_time
 
 EVAL = Pipeline.read(["ResizeImage", "CropImage", "NormalizeImage"], 16)
 PIXELS = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)

@@ -9,7 +9,7 @@ import numpy as np
 
 from ssld.contracts import Soft
 from ssld.metrics import top_k
-from ssld.teaching import Quality, quality
+from ssld.teaching.asking import Quality, quality
 
 BINS = 15
 """Of confidence, all of the same width, as Guo et al. use."""

@@ -18,15 +18,16 @@ import ssld
 from ssld import plugins
 from ssld.cli import main
 from ssld.contracts import TeacherSpec
-from ssld.costs import Cost, LabelWork, Speeds, TeacherSpeed, table
 from ssld.engine import make_plan
 from ssld.errors import Interrupted, PluginError
-from ssld.forecast import HEADER_BYTES
+from ssld.preview import probe
+from ssld.preview.costs import Cost, LabelWork, Speeds, TeacherSpeed, table
+from ssld.preview.forecast import HEADER_BYTES
+from ssld.preview.probe import Blank, batch_for, fitting, free_bytes, measure, pace, step_speed
 from ssld.recipe import read_recipe
 from ssld.settings import Stored
 from ssld.stages.pretrain import stage
-from ssld.train import loop, probe
-from ssld.train.probe import Blank, batch_for, fitting, free_bytes, measure, pace, step_speed
+from ssld.train import loop
 
 STUDENT = "MobileNetV3_small_x0_35"
 RECIPE = {

@@ -11,15 +11,16 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from ssld import examination, plugins
-from ssld.appraisal import BINS, appraise, calibration_error, entropy
+from ssld import plugins
 from ssld.cli import main
 from ssld.contracts import TeacherSpec
 from ssld.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from ssld.errors import TeacherError
-from ssld.examination import examine_all
-from ssld.suspicion import Trial, Way, clearly_better, sizes, verdict, ways
-from ssld.teaching import Quality
+from ssld.preview import examination
+from ssld.preview.examination import examine_all
+from ssld.teaching.appraisal import BINS, appraise, calibration_error, entropy
+from ssld.teaching.asking import Quality
+from ssld.teaching.suspicion import Trial, Way, clearly_better, sizes, verdict, ways
 
 HALVES = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 UNIT = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))

@@ -9,7 +9,7 @@ import numpy as np
 
 from ssld.contracts import Teacher, TeacherSpec
 from ssld.data.transforms import IMAGENET_MEAN, IMAGENET_STD, Triple
-from ssld.teaching import Quality
+from ssld.teaching.asking import Quality
 
 Norm = tuple[Triple, Triple]
 

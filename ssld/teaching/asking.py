@@ -13,9 +13,9 @@ from ssld.contracts import Arrays, Soft, Teacher, TeacherSpec
 from ssld.data.loader import Batch, Replay
 from ssld.data.samples import Samples
 from ssld.data.transforms import Pipeline, center, normalize
-from ssld.ensemble import average
 from ssld.errors import SsldError, TeacherError
 from ssld.metrics import best_class, wilson
+from ssld.teaching.ensemble import average
 
 # enough for an interval of about ± 3 points, little enough to be done before the user has noticed
 CHECKED = 1000

@@ -15,27 +15,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from paddle import nn
 from rich.console import Console
 
 from ssld import plugins
 from ssld.contracts import Model, Soft, Task
-from ssld.costs import Cost, LabelWork, Speeds, TeacherSpeed
 from ssld.data.loader import Batch, Damage, Replay, training_batches, view_batches
 from ssld.data.samples import Samples
 from ssld.data.transforms import Pipeline, normalize
 from ssld.engine import overview
 from ssld.errors import Interrupted, PluginError
-from ssld.examination import alone
-from ssld.forecast import LabelForecast
 from ssld.graph import Node, make_plan, pipeline
 from ssld.journal import Journal
 from ssld.members import Members
 from ssld.overview import Overview
+from ssld.preview.costs import Cost, LabelWork, Speeds, TeacherSpeed
+from ssld.preview.examination import alone
+from ssld.preview.forecast import LabelForecast
 from ssld.recipe import read_recipe
 from ssld.rundir import Options, RunDirectory
 from ssld.settings import Stored, TeacherSetting
-from ssld.teaching import CHECKED, Member, ask
+from ssld.teaching.asking import CHECKED, Member, ask
 from ssld.train import networks
 from ssld.train.frozen import COMPARED, Frozen
 
@@ -378,7 +377,7 @@ class Probe:
             student.name, student.options, classes, pipeline(self.plan.recipe, "eval", node.settings.resolution)
         )
 
-    def _network(self, node: Node) -> nn.Layer:
+    def _network(self, node: Node) -> Any:
         student = node.settings.student
         return networks.build(student.name, student.options, len(self.plan.data.classes))
 

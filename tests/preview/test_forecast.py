@@ -12,11 +12,11 @@ from ssld import plugins
 from ssld.contracts import TeacherSpec
 from ssld.data import samples as sampling
 from ssld.errors import DataError
-from ssld.forecast import LabelForecast, label_forecasts
 from ssld.graph import make_plan
 from ssld.labels.format import pack
 from ssld.labels.store import Probe
 from ssld.members import Members
+from ssld.preview.forecast import LabelForecast, label_forecasts
 from ssld.recipe import read_recipe
 from ssld.rundir import Options, RunDirectory
 
