@@ -136,7 +136,12 @@ def label(
                 journal.place = f"{node.number} {node.name}"
                 soft.check(node)
                 done += soft.label(node, *part)
+                # what a run compares its student on, so that it asks the teacher nothing
+                soft.reference(node)
             return done
+    except (Interrupted, StorageError) as error:
+        error.add_note("continue: the same ssld label again")
+        raise
     finally:
         journal.close()
 
@@ -196,12 +201,13 @@ class Runner:
         left = [node for node, status in before if status.kind != "done" or node in again]
         wanted = self.plan.nodes[: self.plan.nodes.index(last) + 1] if last is not None else self.plan.nodes
         todo = [node for node in left if node in wanted]
-        untested = todo == left and self._untested()
-        if todo or untested:
+        complete = todo == left
+        fresh = bool(todo) or (complete and self._untested())
+        if fresh:
             reason = f"starting again from stage {first.number} {first.name}" if first else "; ".join(why)
-            self._work(todo, Old((*changed, *again), before, reason), journal, untested)
+            self._work(todo, Old((*changed, *again), before, reason), journal, complete)
         after = self._statuses(journal)
-        return Overview(self.directory.path, tuple(after), fresh=bool(todo or untested), test=self._test_metrics())
+        return Overview(self.directory.path, tuple(after), fresh=fresh, test=self._test_metrics())
 
     def _statuses(self, journal: Journal, again: Sequence[Node] = ()) -> list[tuple[Node, Status]]:
         found = []
@@ -215,8 +221,11 @@ class Runner:
                 found.append((node, Status("new", "damaged")))
         return found
 
-    def _work(self, todo: list[Node], old: Old, journal: Journal, untested: bool) -> None:
-        """Try everything once, set old results aside, run what is to do, and look at the test set where it is time."""
+    def _work(self, todo: list[Node], old: Old, journal: Journal, complete: bool) -> None:
+        """Try everything once, set old results aside, run what is to do, and then look at the test set.
+
+        complete: whether nothing is left after that; before, the test set is not looked at.
+        """
         fresh = not self.directory.exists()
         if not old.nodes:
             self._begin()
@@ -241,7 +250,7 @@ class Runner:
             for node in todo:
                 self._run_stage(node, inputs)
                 self.stop.check(f"after {node.name}, which is finished")
-            if untested and self.plan.data.test is not None:
+            if complete and self._untested() and self.plan.data.test is not None:
                 last = self.plan.nodes[-1]
                 metrics = score_checkpoint(inputs.members.finished(last.name), self.plan.data.test, self.options.device)
                 self.directory.keep_tested(last, self.plan.data.test.identity, metrics)

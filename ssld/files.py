@@ -380,12 +380,12 @@ def _failure(target: Path, needed: int, error: OSError) -> SsldError:
     if error.errno in _FULL:
         return StorageError(
             f"cannot write {target}: {reason}; {needed:,} bytes are needed and {_free(target)} are free; "
-            "free space and run ssld resume"
+            "free space and start again, what was committed stays"
         )
     if error.errno in _REFUSED:
         at = f" ({error.filename})" if error.filename else ""
         return OutputError(f"cannot write {target}: {reason}{at}; choose a directory you can write with --out")
-    return StorageError(f"cannot write {target}: {reason}; check the disk, then run ssld resume")
+    return StorageError(f"cannot write {target}: {reason}; check the disk, then start again, what was committed stays")
 
 
 def _free(target: Path) -> str:

@@ -23,7 +23,9 @@ from ssld.wording import near
 # these change what is kept on disk or when, never a weight
 STORAGE_KEYS: Mapping[str, Any] = {"keep_last": True, "save_steps": True, "save_interval": True, "labels": {"store"}}
 # paths in a teacher's settings: what they hold counts, not where
-TEACHER_FILES = ("weights", "onnx", "class_map")
+TEACHER_FILES = ("weights", "onnx")
+# an .onnx file may keep its weights in another, of its own name and one of these
+BESIDE_ONNX = (".data", "_data")
 # what a plug-in that comes with ssld is made of is told by its kind's revision; a release changes no weight by itself
 OWN = "ssld"
 
@@ -207,7 +209,9 @@ def without_paths(settings: TrainingSettings) -> dict[str, Any]:
     if "from" in weight_files(settings):
         plain["from"] = None
     for teacher in plain.get("teacher") or ():
-        teacher |= {key: None for key in TEACHER_FILES if teacher.get(key)}
+        # a plug-in's own keys are its own affair
+        teacher |= {key: None for key in TEACHER_FILES if teacher.get(key) and not teacher["plugin"]}
+        teacher["class_map"] = None
     return plain
 
 
@@ -216,19 +220,17 @@ def weight_files(settings: TrainingSettings) -> dict[str, Path]:
     files = {"from": settings.start} if settings.start and settings.start.endswith(".safetensors") else {}
     for number, teacher in enumerate(settings.taught_by):
         files |= {f"teacher {number}": teacher.file} if teacher.file else {}
-        # an .onnx file may keep its weights in others, which go by its own name and what follows
-        beside = (
-            sorted(Path(teacher.onnx).expanduser().parent.glob(f"{Path(teacher.onnx).name}?*")) if teacher.onnx else []
-        )
-        files |= {f"teacher {number} {path.name}": str(path) for path in beside}
+        for suffix in BESIDE_ONNX if teacher.onnx else ():
+            beside = Path(f"{teacher.onnx}{suffix}").expanduser()
+            files |= {f"teacher {number} {suffix}": str(beside)} if beside.is_file() else {}
         files |= {f"teacher {number} class_map": teacher.class_map} if teacher.class_map else {}
     return {key: Path(path).expanduser() for key, path in files.items()}
 
 
 def file_identity(path: Path, place: str) -> str:
-    """sha256 of a weights file."""
+    """sha256 of a file that a teacher or a stage is made of."""
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise RecipeError(f"{place}: expected a weights file, got {path}: {error.strerror}; check the path") from error
+        raise RecipeError(f"{place}: expected a file, got {path}: {error.strerror}; check the path") from error

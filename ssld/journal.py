@@ -118,7 +118,8 @@ class Journal:
                 if now - last > LINE_EVERY_SECONDS or done == total:
                     last = now
                     self.record("labelling", what=what, done=done, total=total, views_per_second=round(rate, 1))
-                    self.note(f"[{self.place}] {what}: {done} of {total} views, {rate:.0f} views/s, eta {left}")
+                    where = f"[{self.place}] " if self.place else ""
+                    self.note(f"{where}{what}: {done} of {total} views, {rate:.0f} views/s, eta {left}")
 
             yield advance
 

@@ -17,7 +17,7 @@ from ssld.graph import Node, Plan, pipeline
 from ssld.labels.store import Description, Store
 from ssld.rundir import Options, RunDirectory, result_of
 from ssld.settings import TeacherSetting
-from ssld.teaching.asking import Member, tested
+from ssld.teaching.asking import Member, at_test_time
 from ssld.teaching.classmap import Mapped, read_class_map
 
 COMPARED_CLASSES = 10
@@ -38,8 +38,7 @@ class Members:
     def of(self, node: Node) -> tuple[Member, ...]:
         """The teachers of a stage. Raises PluginError for what is no teacher, DataError for one of other classes."""
         return tuple(
-            Member(self._who(node, setting), self._loaded(node, setting), setting.weight)
-            for setting in node.settings.taught_by
+            Member(who(setting), self._loaded(node, setting), setting.weight) for setting in node.settings.taught_by
         )
 
     def stores(self, node: Node) -> list[tuple[Store, Member]]:
@@ -60,7 +59,7 @@ class Members:
         evaluate = pipeline(self.plan.recipe, "eval", node.settings.resolution)
         top_k = min(COMPARED_CLASSES, len(self.plan.data.classes))
         return [
-            (self._store(node, member, tested(evaluate, member.teacher.spec), Replay(0, 1), top_k, 1.0), member)
+            (self._store(node, member, at_test_time(evaluate, member.teacher.spec), Replay(0, 1), top_k, 1.0), member)
             for member in members
         ]
 
@@ -80,9 +79,6 @@ class Members:
     ) -> Store:
         spec, classes = member.teacher.spec, self.plan.data.classes
         return Store(self.run.labels(node), Description(spec, shown, replay, top_k, temperature, classes, member.who))
-
-    def _who(self, node: Node, setting: TeacherSetting) -> str:
-        return f"the teacher {setting.name} of {node.name}"
 
     def _loaded(self, node: Node, setting: TeacherSetting) -> Teacher:
         key = f"{setting!r} {node.settings.resolution}"
@@ -108,8 +104,14 @@ class Members:
         if setting.class_map is not None:
             teacher = Mapped(teacher, read_class_map(Path(setting.class_map), teacher.spec.classes, classes))
         if teacher.spec.classes is not None:
-            same_classes(classes, teacher.spec.classes, "the data", self._who(node, setting))
+            same_classes(classes, teacher.spec.classes, "the data", who(setting))
         return teacher
+
+
+def who(setting: TeacherSetting) -> str:
+    """The teacher in words; of a stranger's plug-in, distribution and version too."""
+    origin = f" ({plugins.origin('teachers', setting.plugin)})" if setting.plugin else ""
+    return f"the teacher {setting.name}{origin}"
 
 
 def named(setting: TeacherSetting) -> tuple[str, dict[str, Any]]:

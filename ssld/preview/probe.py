@@ -26,7 +26,7 @@ from ssld.engine import overview
 from ssld.errors import Interrupted, PluginError
 from ssld.graph import Node, make_plan, pipeline
 from ssld.journal import Journal
-from ssld.members import Members
+from ssld.members import Members, who
 from ssld.overview import Overview
 from ssld.preview.costs import Cost, LabelWork, Speeds, TeacherSpeed
 from ssld.preview.examination import alone
@@ -319,7 +319,7 @@ class Probe:
             "precision": setting.precision,
         }
         teacher = plugins.call("teachers", "stage", {"stage": first.name}, supplied)
-        return Member(f"the teacher {setting.name} of {node.name}", teacher, setting.weight)
+        return Member(who(setting), teacher, setting.weight)
 
     def _label_work(self, node: Node) -> tuple[LabelWork, ...]:
         """What of each teacher's labels is not there yet, and will not be made by an earlier stage of the plan."""

@@ -163,7 +163,7 @@ def ask(teacher: Teacher, images: np.ndarray, classes: int, who: str, names: Seq
     return logits
 
 
-def tested(evaluate: Pipeline, spec: TeacherSpec) -> Pipeline:
+def at_test_time(evaluate: Pipeline, spec: TeacherSpec) -> Pipeline:
     """How a teacher is shown an image at test time: as its spec says, else as the student, at the teacher's size."""
     if spec.resize_short:
         return center(spec.size, spec.resize_short, spec.mean, spec.std)

@@ -203,14 +203,14 @@ def test_labels_are_made_as_the_words_say_and_shown_by_teacher(call, monkeypatch
 
     def remember(*arguments, **options):
         calls.append((arguments, options))
-        return [Labelled("distill", "the teacher stage teach of distill", 3, 1, Path("store/0123"))]
+        return [Labelled("distill", "the teacher stage teach", 3, 1, Path("store/0123"))]
 
     monkeypatch.setattr(engine, "label", remember)
     found = call("label", "r.yaml", "--out", "o", "-o", "a=1", *words)
     assert calls == [(("r.yaml", Path("o")), {"overrides": ("a=1",), **given})]
     header, row = found.stdout.splitlines()
     assert header.split() == ["stage", "teacher", "shards", "written", "missing", "labels"]
-    assert re.split(r"  +", row) == ["distill", "the teacher stage teach of distill", "3", "1", "store/0123"]
+    assert re.split(r"  +", row) == ["distill", "the teacher stage teach", "3", "1", "store/0123"]
 
 
 @pytest.mark.parametrize("part", ["0/3", "4/3", "3", "1/2/3", "-1/3", "1/", "/3", "a/b", "1/0", "1.0/2", "²/3"])

@@ -134,7 +134,7 @@ def test_a_failed_write_is_reported_and_leaves_no_litter(
 def test_a_full_disk_says_how_much_is_needed_and_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fail(monkeypatch, "write", errno.ENOSPC)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 0, 4321))
-    with pytest.raises(StorageError, match=r"123,456 bytes are needed and 4,321 are free.*ssld resume"):
+    with pytest.raises(StorageError, match=r"123,456 bytes are needed and 4,321 are free.*start again"):
         files.write_atomic(tmp_path / "deep" / "file", bytes(123_456))
 
 

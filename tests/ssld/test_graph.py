@@ -423,7 +423,7 @@ def test_a_weights_file_counts_by_its_content(plan, tmp_path):
     assert differing(first, again) == []
     assert differing(first, other) == LADDER[1:]
     file.unlink()
-    with pytest.raises(RecipeError, match=r"expected a weights file.*weights\.safetensors.* No such file"):
+    with pytest.raises(RecipeError, match=r"expected a file.*weights\.safetensors.* No such file"):
         plan(changes)
 
 
@@ -462,10 +462,7 @@ def test_a_file_of_a_teacher_that_is_not_there_is_named_at_its_place(plan, tmp_p
         plan({"stages.finetune.teacher": teacher})
 
 
-FORGOTTEN = pytest.mark.xfail(strict=True, reason="the path of a plug-in's own key `weights` is taken for a file's")
-
-
-@pytest.mark.parametrize("key", [pytest.param("weights", marks=FORGOTTEN), "file", "onnx_model"])
+@pytest.mark.parametrize("key", ["weights", "file", "onnx_model"])
 def test_a_key_of_a_plug_in_teacher_counts_as_it_stands(plan, versions, key):
     """Whatever it is called: only the plug-in knows what it means."""
     versions.owner["acme"] = "acme-models"

@@ -94,7 +94,7 @@ def test_a_teacher_gets_what_the_run_offers_and_the_recipes_own_keys(acme):
     members = members_of("stages.distill.teacher={plugin: acme, temper: 3}", device="gpu")
     (member,) = members.of(node(members))
     assert acme.calls == [{"resolution": 16, "classes": CLASSES, "device": "gpu", "temper": 3}]
-    assert (member.teacher, member.who, member.weight) == (acme.teacher, "the teacher plugin acme of distill", 1.0)
+    assert (member.teacher, member.who, member.weight) == (acme.teacher, "the teacher plugin acme (acme 1)", 1.0)
 
 
 def test_stages_that_share_a_teacher_load_it_once(acme):
@@ -126,7 +126,7 @@ def test_a_teacher_of_other_classes_is_refused_before_it_is_asked(acme):
     acme.teacher = Plain(classes=4, size=12)
     acme.teacher.spec = replace(acme.teacher.spec, classes=("circle", "square", "cross", "triangle"))
     members = members_of()
-    with pytest.raises(DataError, match=r"the teacher plugin acme of distill: expected the 4 classes of the data"):
+    with pytest.raises(DataError, match=r"the teacher plugin acme \(acme 1\): expected the 4 classes of the data"):
         members.of(node(members))
 
 

@@ -426,7 +426,7 @@ def test_a_useless_answer_ends_it_with_the_teacher_and_the_image(open_soft, acme
     good = soft.members.of(soft.members.plan.node("distill"))[0].teacher
     answer = good.predict
     good.predict = lambda images: answer(images) * (np.nan if good.asked > 16 else 1)
-    message = r"^the teacher plugin acme of distill: expected finite logits, got \[nan.* for builtin:shapes.*: image "
+    message = r"^the teacher plugin acme \(acme 1\): expected finite logits, got \[nan.* for builtin:shapes.*: image "
     with pytest.raises(TeacherError, match=message):
         labels_of(soft)
     assert len(contents()) == 1
@@ -441,7 +441,7 @@ def test_parts_together_make_all_labels(open_soft, acme):
     done = [open_soft().label(node, number, 3)[0] for number in (1, 2, 3)]
     assert [(part.written, part.missing) for part in done] == [(2, 3), (2, 1), (1, 0)]
     assert {part.directory for part in done} == {store_of(soft).directory}
-    assert (done[0].stage, done[0].who) == ("distill", "the teacher plugin acme of distill")
+    assert (done[0].stage, done[0].who) == ("distill", "the teacher plugin acme (acme 1)")
     forbid(acme[0])
     assert [part.written for part in open_soft().label(node, 1, 1)] == [0]
     labels_of(open_soft())
@@ -492,7 +492,7 @@ def test_a_teacher_is_measured_once_for_all_runs(open_soft, acme, knowing):
     events = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
     (event,) = [event for event in events if event["event"] == "teacher"]
     assert (event["accuracy"], event["images"], event["chance"]) == (0.75, 24, 0.25)
-    assert "the teacher plugin acme of distill: top-1 0.750" in told()
+    assert "the teacher plugin acme (acme 1): top-1 0.750" in told()
     forbid(acme[0])
     soft.check(node)
     open_soft().check(node)

@@ -21,12 +21,12 @@ from ssld.teaching.asking import (
     OnlineLabels,
     Quality,
     ask,
+    at_test_time,
     expect_better_than_chance,
     prepare,
     quality,
     together,
 )
-from ssld.teaching.asking import tested as at_test_time
 
 EVAL = Pipeline.read(["ResizeImage", "CropImage", "NormalizeImage"], 16)
 PIXELS = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
