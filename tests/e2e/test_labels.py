@@ -313,7 +313,7 @@ SMALL = ("--limit", "128")
 def trained(ssld, out: str, **keys: object) -> tuple[float, dict[str, np.ndarray], list[str]]:
     """The loss of the last step, the weights, and what the teacher was shown, of two steps of a whole epoch each."""
     before = len(asked(ssld))
-    ssld(*RUN, *SMALL, "--out", out, *option(warmup_epochs=0, **keys))
+    ssld(*RUN, *SMALL, "--out", out, *option(warmup_epochs=0, learning_rate=1e-3, **keys))
     run = ssld.folder / out
     events = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     loss = [event["loss"] for event in events if event["event"] == "step"][-1]
@@ -332,9 +332,10 @@ def test_stored_labels_of_all_classes_and_views_teach_what_an_online_teacher_doe
     # the same pixels, bit for bit; stored labels have a third view besides, which two epochs do not use
     assert not Counter(online[2]) - Counter(stored[2])
     assert len(set(online[2]) - set(other[2])) > images
-    # the labels are rounded to 8 bits, and nothing else differs
+    # the labels are rounded to 8 bits, and nothing else differs: the rate is low, so that little is made of it
+    print(stored[0], online[0], other[0], distance(stored[1], online[1]), distance(other[1], online[1]))
     assert stored[0] == pytest.approx(online[0], abs=2e-3)
-    assert distance(stored[1], online[1]) < 0.05 * distance(other[1], online[1])
+    assert distance(stored[1], online[1]) < 0.01 * distance(other[1], online[1])
 
 
 def distance(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> float:
@@ -538,7 +539,8 @@ def test_a_full_disk_keeps_what_is_committed_and_names_the_bytes_that_are_needed
     needed = int(said[1].replace(",", ""))
     full = files(taught.folder / "full")
     assert full.items() < kept.labelled.items()
-    missing = [name for name in kept.labelled if name not in full]
+    pool = of_the_pool(kept.folder / "store").name
+    missing = [name for name in kept.labelled if name.startswith(pool) and name not in full]
     # the smaller last shard is counted as if it were like the one that did not fit
     sizes = sum((kept.folder / "store" / name).stat().st_size for name in missing)
     assert sizes <= needed < 2 * sizes
