@@ -24,7 +24,8 @@ class TeacherSpec:
     """The input that a teacher takes, to which the engine renders every image, and the classes it answers in.
 
     size: side of the square input in pixels.
-    fingerprint: a hash of the weights, so that the same name with other weights is another teacher.
+    fingerprint: a hash of the weights, so that the same name with other weights is another teacher; of a plug-in also
+    of whatever else its answers depend on. The recipe's own keys are added to it.
     classes: the class names in the order of its logits, or None where it does not know them.
     resize_short: shorter side in pixels before the center crop; None for the recipe's own eval operators.
     mean, std: per channel (R, G, B), for pixels in [0, 1]; both None for a teacher that wants the pixels as they are.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,8 @@ from ssld.recipe import Data, Recipe, Split
 POOL_DAMAGE = 1000
 # what is left of the pool, and what is held out of it
 POOL = ("unlabeled", "held out")
-# images of the pool on which student and teacher are compared: about so many, of a pool of any size
+# images on which a teacher is measured, and compared with its student: enough for an interval of about ± 3 points,
+# little enough to be done before the user has noticed; about so many of a pool are held out
 COMPARED = 1000
 LARGEST_SHARE = 1 / 32
 # one split for all seeds of a recipe, so that they are measured on the same images
@@ -43,6 +45,16 @@ class Datasets:
     def held_out(self) -> Samples:
         """What no stage trains on: a part of the pool, or else the validation set."""
         return self.sources.get("held out", self.validation)
+
+    @cached_property
+    def checked(self) -> Samples:
+        """What a teacher is measured on, in virtual shards."""
+        return self.validation.limited(COMPARED).regrouped()
+
+    @cached_property
+    def compared(self) -> Samples:
+        """What student and teacher are compared on, in virtual shards, since a few images of each would be many shards."""
+        return self.held_out.limited(COMPARED).regrouped()
 
     def named(self, names: tuple[str, ...]) -> Samples:
         """What a stage reads: one source, or several as one set."""

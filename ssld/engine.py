@@ -182,7 +182,7 @@ class Runner:
             except SsldError as error:
                 if not isinstance(error, ChangedError):
                     journal.detail(f"Error: {error}")
-                if isinstance(error, Interrupted | StorageError):
+                if isinstance(error, Interrupted | StorageError) and self.directory.exists():
                     error.add_note(f"continue: ssld resume --out {shlex.quote(str(self.directory.path))}")
                 raise
             finally:

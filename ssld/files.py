@@ -18,7 +18,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -168,10 +168,10 @@ def move(source: Path, target: Path) -> None:
         _sync_directory(source.parent)
 
 
-def sweep(root: Path, depth: int) -> list[Path]:
+def sweep(root: Path, depth: int, skip: Collection[str] = ()) -> list[Path]:
     """Clear up after a killed process, and return what was removed; only the holder of the lock may.
 
-    depth: so many levels of folders, 1 for the root's own entries alone.
+    depth: so many levels of folders, 1 for the root's own entries alone; skip: folders in which others may be at work.
     """
     removed = []
     with reported(root, 0):
@@ -185,7 +185,7 @@ def sweep(root: Path, depth: int) -> list[Path]:
                     removed.append(path)
                 elif path.name.startswith(_WAITING):
                     _settle(path.with_name(path.name.removeprefix(_WAITING)))
-            folders[:] = [name for name in folders if not name.startswith((*_LITTER, _WAITING))]
+            folders[:] = [name for name in folders if not name.startswith((*_LITTER, _WAITING)) and name not in skip]
     return removed
 
 
@@ -384,7 +384,9 @@ def _failure(target: Path, needed: int, error: OSError) -> SsldError:
         )
     if error.errno in _REFUSED:
         at = f" ({error.filename})" if error.filename else ""
-        return OutputError(f"cannot write {target}: {reason}{at}; choose a directory you can write with --out")
+        return OutputError(
+            f"cannot write {target}: {reason}{at}; choose a directory you can write (--out, labels.store)"
+        )
     return StorageError(f"cannot write {target}: {reason}; check the disk, then start again, what was committed stays")
 
 

@@ -17,15 +17,14 @@ from ssld.data.transforms import Pipeline
 from ssld.datasets import Datasets, open_datasets
 from ssld.errors import RecipeError
 from ssld.recipe import Recipe
-from ssld.settings import Context, TrainingSettings
+from ssld.settings import Context, TeacherSetting, TrainingSettings
+from ssld.teaching.onnx_files import files_beside
 from ssld.wording import near
 
 # these change what is kept on disk or when, never a weight
 STORAGE_KEYS: Mapping[str, Any] = {"keep_last": True, "save_steps": True, "save_interval": True, "labels": {"store"}}
 # paths in a teacher's settings: what they hold counts, not where
 TEACHER_FILES = ("weights", "onnx")
-# an .onnx file may keep its weights in another, of its own name and one of these
-BESIDE_ONNX = (".data", "_data")
 # what a plug-in that comes with ssld is made of is told by its kind's revision; a release changes no weight by itself
 OWN = "ssld"
 
@@ -220,11 +219,15 @@ def weight_files(settings: TrainingSettings) -> dict[str, Path]:
     files = {"from": settings.start} if settings.start and settings.start.endswith(".safetensors") else {}
     for number, teacher in enumerate(settings.taught_by):
         files |= {f"teacher {number}": teacher.file} if teacher.file else {}
-        for suffix in BESIDE_ONNX if teacher.onnx else ():
-            beside = Path(f"{teacher.onnx}{suffix}").expanduser()
-            files |= {f"teacher {number} {suffix}": str(beside)} if beside.is_file() else {}
+        files |= {f"teacher {number} beside {i}": str(path) for i, path in enumerate(tensors_of(teacher))}
         files |= {f"teacher {number} class_map": teacher.class_map} if teacher.class_map else {}
     return {key: Path(path).expanduser() for key, path in files.items()}
+
+
+def tensors_of(teacher: TeacherSetting) -> list[Path]:
+    """The files in which an .onnx file keeps tensors."""
+    file = Path(teacher.onnx or "").expanduser()
+    return files_beside(file, file.read_bytes()) if teacher.onnx and file.is_file() else []
 
 
 def file_identity(path: Path, place: str) -> str:

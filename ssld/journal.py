@@ -105,18 +105,19 @@ class Journal:
     def labelling(self, what: str) -> Iterator[Callable[[int, int], None]]:
         """Progress of a teacher's labelling: yields a function of (views done, views in all)."""
         began = last = time.monotonic()
+        shown = -1
         with bar(self.console) as progress:
             task = progress.add_task(self.place or what, detail="") if progress else None
 
             def advance(done: int, total: int) -> None:
-                nonlocal last
+                nonlocal last, shown
                 now = time.monotonic()
                 rate = done / max(now - began, 1e-9)
                 left = duration((total - done) / rate)
                 if progress is not None and task is not None:
                     progress.update(task, completed=done, total=total, detail=f"labelling {done}/{total} eta {left}")
-                if now - last > LINE_EVERY_SECONDS or done == total:
-                    last = now
+                if now - last > LINE_EVERY_SECONDS or (done == total != shown):
+                    last, shown = now, done
                     self.record("labelling", what=what, done=done, total=total, views_per_second=round(rate, 1))
                     where = f"[{self.place}] " if self.place else ""
                     self.note(f"{where}{what}: {done} of {total} views, {rate:.0f} views/s, eta {left}")

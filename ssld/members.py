@@ -10,10 +10,10 @@ from typing import Any
 from ssld import checkpoint, plugins
 from ssld.contracts import Teacher
 from ssld.data.loader import Replay
-from ssld.data.samples import same_classes
+from ssld.data.samples import digest, same_classes
 from ssld.data.transforms import Pipeline
 from ssld.errors import PluginError, RecipeError
-from ssld.graph import Node, Plan, pipeline
+from ssld.graph import Node, Plan, owner, pipeline
 from ssld.labels.store import Description, Store
 from ssld.rundir import Options, RunDirectory, result_of
 from ssld.settings import TeacherSetting
@@ -37,9 +37,7 @@ class Members:
 
     def of(self, node: Node) -> tuple[Member, ...]:
         """The teachers of a stage. Raises PluginError for what is no teacher, DataError for one of other classes."""
-        return tuple(
-            Member(who(setting), self._loaded(node, setting), setting.weight) for setting in node.settings.taught_by
-        )
+        return tuple(self._member(node, setting) for setting in node.settings.taught_by)
 
     def stores(self, node: Node) -> list[tuple[Store, Member]]:
         """Where the soft labels of a stage's training views are kept, for each of its teachers."""
@@ -77,19 +75,33 @@ class Members:
     def _store(
         self, node: Node, member: Member, shown: Pipeline, replay: Replay, top_k: int, temperature: float
     ) -> Store:
-        spec, classes = member.teacher.spec, self.plan.data.classes
+        spec, classes = member.spec, self.plan.data.classes
         return Store(self.run.labels(node), Description(spec, shown, replay, top_k, temperature, classes, member.who))
 
-    def _loaded(self, node: Node, setting: TeacherSetting) -> Teacher:
-        key = f"{setting!r} {node.settings.resolution}"
+    def _member(self, node: Node, setting: TeacherSetting) -> Member:
+        key = repr(setting)
         if key not in self.loaded:
-            self.loaded[key] = self._load(node, setting)
-        return self.loaded[key]
+            self.loaded[key] = self._load(setting)
+        teacher = self.loaded[key]
+        made_of = digest(teacher.spec.fingerprint, *self._made_of(setting))
+        return Member(who(setting), teacher, setting.weight, made_of)
 
-    def _load(self, node: Node, setting: TeacherSetting) -> Teacher:
+    def _made_of(self, setting: TeacherSetting) -> tuple[object, ...]:
+        """What of a teacher its weights do not tell: the network, options, and versions of what strangers wrote."""
+        if setting.stage is not None:
+            student = self.plan.node(setting.stage).settings.student
+            return "network", student.name, owner("students", student.name), sorted(student.options.items())
+        if setting.network is not None:
+            options = sorted((setting.options.get("options") or {}).items())
+            return "network", setting.network, owner("students", setting.network), options
+        options = sorted((key, repr(value)) for key, value in setting.options.items())
+        return (setting.way, setting.plugin or "", owner("teachers", setting.plugin or setting.way), options)
+
+    def _load(self, setting: TeacherSetting) -> Teacher:
         classes = self.plan.data.classes
         name, options = named(setting)
-        supplied: dict[str, Any] = {"resolution": node.settings.resolution, "device": self.options.device}
+        # a teacher's size is the recipe's where it has none of its own, whatever the student's is
+        supplied: dict[str, Any] = {"resolution": self.plan.recipe.images.resolution, "device": self.options.device}
         supplied |= {"precision": setting.precision}
         supplied |= {"classes": classes} if setting.class_map is None else {}
         if setting.stage is not None:
@@ -110,8 +122,9 @@ class Members:
 
 def who(setting: TeacherSetting) -> str:
     """The teacher in words; of a stranger's plug-in, distribution and version too."""
-    origin = f" ({plugins.origin('teachers', setting.plugin)})" if setting.plugin else ""
-    return f"the teacher {setting.name}{origin}"
+    if setting.plugin:
+        return f"the teacher {setting.name} ({plugins.origin('teachers', setting.plugin)})"
+    return f"the teacher {setting.name}{f' of {Path(setting.file).name}' if setting.network and setting.file else ''}"
 
 
 def named(setting: TeacherSetting) -> tuple[str, dict[str, Any]]:

@@ -87,7 +87,7 @@ class RunDirectory:
 
     def clear(self) -> None:
         """Remove what a killed process left half done; only for the holder of the lock."""
-        sweep(self.path, depth=2)
+        sweep(self.path, depth=2, skip=(LABELS,))
 
     def begin(self, text: str, options: Options) -> None:
         """Record the recipe and the options."""

@@ -286,9 +286,9 @@ class TaughtSettings(TrainingSettings):
 
     def check(self, context: Context) -> None:
         super().check(context)
-        if self.stored is None:
+        if self.stored is None or "temperature" not in self.loss.options:
             return
-        wanted = self.loss.options.get("temperature", 1.0)
+        wanted = self.loss.options["temperature"]
         if self.stored.top_k < context.classes and wanted != self.stored.temperature:
             raise ValueError(
                 f"expected soft labels of the loss's temperature, {wanted}, got labels.temperature: "

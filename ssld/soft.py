@@ -17,7 +17,7 @@ from ssld.labels.labelling import Work, label, part
 from ssld.labels.reader import Reader, StoredLabels
 from ssld.labels.store import Store
 from ssld.members import Members
-from ssld.teaching.asking import CHECKED, Member, OnlineLabels, Quality, expect_better_than_chance, quality, together
+from ssld.teaching.asking import Member, OnlineLabels, Quality, expect_better_than_chance, quality, together
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,8 @@ class SoftSource:
         data, settings = self.members.plan.data, node.settings
         samples = data.named(settings.data)
         if settings.stored is None:
-            return OnlineLabels(self.members.of(node), samples, len(data.classes))
+            temperature = settings.loss.options.get("temperature", 1.0)
+            return OnlineLabels(self.members.of(node), samples, len(data.classes), temperature)
         return self._complete(self.members.stores(node), samples, data.damage_budget(settings.data))
 
     def label(self, node: Node, number: int, of: int) -> list[Labelled]:
@@ -82,13 +83,13 @@ class SoftSource:
     def reference(self, node: Node) -> Reference:
         """What the student is compared with at every evaluation."""
         data, members = self.members.plan.data, self.members.of(node)
-        found, samples = self._quality(node, members), data.held_out.limited(CHECKED)
+        found, samples = self._quality(node, members), data.compared
         budget = data.damage_budget(("held out",)) if samples.labels is None else 0
         labels = self._complete(self.members.tested_stores(node, members), samples, budget)
         return Reference(samples, labels.at_test_time, found.accuracy, found.chance, budget)
 
     def _quality(self, node: Node, members: Sequence[Member]) -> Quality:
-        samples = self.members.plan.data.validation.limited(CHECKED)
+        samples = self.members.plan.data.checked
         assert samples.labels is not None, "validation sets are opened with labels"
         labels = self._complete(self.members.tested_stores(node, members), samples, 0)
         return quality(labels.at_test_time(np.arange(len(samples))), samples.labels)
@@ -111,7 +112,7 @@ class SoftSource:
         reader, missing = Reader(store, samples), set(store.missing(samples))
         for shard, fault in reader.open([s for s in range(len(samples.shard_ids)) if s not in missing]).items():
             self.journal.note(f"warning: {fault}")
-            store.remove(samples, shard)
+            store.drop_damaged(samples, shard)
         reader.expect_same_views()
         return reader
 

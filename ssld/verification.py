@@ -11,7 +11,7 @@ import numpy as np
 from ssld.contracts import Soft
 from ssld.data.loader import Damage, view_batches
 from ssld.data.samples import Samples
-from ssld.errors import DataError, LabelError, RecipeError
+from ssld.errors import LabelError, RecipeError, SsldError
 from ssld.graph import make_plan
 from ssld.labels.inspect import Kept
 from ssld.labels.reader import Reader
@@ -19,10 +19,10 @@ from ssld.labels.store import Store
 from ssld.members import Members
 from ssld.metrics import agreement
 from ssld.rundir import RunDirectory
-from ssld.teaching.asking import CHECKED, Member, ask
+from ssld.teaching.asking import Member, ask
 
 SAMPLED = 64
-AGREEMENT = 0.99
+AGREEMENT = 0.95
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def verify_all(
 
     run: one that uses them, the one that each lies in when left out; tolerance: the largest mean KL, in nats.
     """
-    rows, faults = [], []
+    rows, faults, unknown = [], [], []
     for kept in found:
         broken = [str(fault) for _, _, fault in kept.headers() if fault]
         faults += broken
@@ -56,8 +56,8 @@ def verify_all(
             continue
         try:
             verdict = verify(kept, run or run_of(kept), report)
-        except DataError as error:
-            faults.append(str(error))
+        except SsldError as error:
+            unknown.append(error)
             continue
         if verdict.agreement < AGREEMENT or not verdict.kl <= tolerance:
             faults.append(
@@ -67,7 +67,9 @@ def verify_all(
             )
         numbers = (f"{verdict.agreement:.4f}", f"{verdict.kl:.2g}", f"{verdict.largest:.2g}")
         rows.append((kept.directory.name, str(len(kept.files)), str(verdict.images), str(verdict.views), *numbers))
-    return rows, faults
+    if unknown and not faults:
+        raise unknown[0]
+    return rows, [*faults, *map(str, unknown)]
 
 
 def run_of(kept: Kept) -> Path:
@@ -110,7 +112,8 @@ def _used(members: Members) -> Iterator[tuple[Store, Member, Samples]]:
             for store, member in members.stores(node):
                 yield store, member, data.named(node.settings.data)
         for store, member in members.tested_stores(node, members.of(node)):
-            yield store, member, data.validation.limited(CHECKED)
+            yield store, member, data.checked
+            yield store, member, data.compared
 
 
 def _compare(store: Store, member: Member, samples: Samples) -> Verdict:

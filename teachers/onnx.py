@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import re
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,12 +14,11 @@ import numpy as np
 from ssld.contracts import Teacher, TeacherSpec
 from ssld.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from ssld.errors import CheckpointError, PluginError, RecipeError, TeacherError
+from ssld.teaching.onnx_files import files_beside
 from ssld.wording import near
 
 Triple = tuple[float, float, float]
 
-_LOCATION = re.compile(rb"\x0a\x08location\x12([\x01-\x7f])")
-"""How a tensor names the file that holds its values, up to the length of that name (StringStringEntryProto)."""
 _SMALLEST = np.finfo(np.float32).tiny
 
 
@@ -178,9 +176,8 @@ def _triple(metadata: dict[str, str], name: str, file: Path) -> Triple | None:
 
 def _fingerprint(file: Path, content: bytes, choice: str) -> str:
     digest = hashlib.sha256(content)
-    places = {content[found.end() : found.end() + found[1][0]] for found in _LOCATION.finditer(content)}
-    for place in sorted(places):
-        with (file.parent / place.decode()).open("rb") as beside:
+    for path in files_beside(file, content):
+        with path.open("rb") as beside:
             digest.update(hashlib.file_digest(beside, "sha256").digest())
     digest.update(choice.encode())
     return digest.hexdigest()

@@ -106,6 +106,10 @@ class Samples:
             rows=self.rows[indices],
         )
 
+    def regrouped(self) -> Samples:
+        """The same samples in virtual shards."""
+        return replace(self, shard_sizes=virtual_shards(len(self)))
+
     def hold_out(self, share: float) -> tuple[Samples, Samples]:
         """(rest, held out): about `share` of every shard, chosen by what the shard is.
 

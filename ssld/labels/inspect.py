@@ -11,12 +11,12 @@ from typing import Any
 from ssld.errors import LabelError
 from ssld.files import disk, reported
 from ssld.labels.format import decode
-from ssld.labels.store import DESCRIPTION, SUFFIX
+from ssld.labels.store import DESCRIPTION, FORMAT, SUFFIX
 
 
 @dataclass(frozen=True)
 class Kept:
-    """One directory of label files. about: its labels.json; files: the label files, sorted; made: by what they were."""
+    """One directory of label files. about: its labels.json; files: the label files, sorted."""
 
     directory: Path
     about: Mapping[str, Any]
@@ -73,6 +73,8 @@ def _open(directory: Path) -> Kept:
         about = json.loads((directory / DESCRIPTION).read_text("utf-8"))
         if not isinstance(about, dict):
             raise ValueError(f"no JSON object: {about!r}")
+        if about.get("format") != FORMAT:
+            raise ValueError(f"format {about.get('format')}, where this version reads {FORMAT}")
     except (OSError, ValueError) as error:
         raise LabelError(f"{directory / DESCRIPTION}: expected the description of the labels, got: {error}") from error
     return Kept(directory, about, tuple(sorted(directory.glob(f"*{SUFFIX}"))))

@@ -12,7 +12,7 @@ from ssld.data.images import decode
 from ssld.data.loader import Batch, Replay
 from ssld.data.samples import Samples, digest
 from ssld.data.transforms import Pipeline, view
-from ssld.errors import DataError, LabelError
+from ssld.errors import DataError, LabelError, PluginError
 from ssld.labels.format import damaged, unpack
 from ssld.labels.store import Labels, Store
 from ssld.seeds import derive
@@ -22,7 +22,7 @@ PROBED = 3
 
 
 class Reader:
-    """The labels of one store for one set of samples, mapped into memory; every byte is checked when it is opened."""
+    """The labels of one store for one set of samples, in memory; every byte is checked when they are opened."""
 
     def __init__(self, store: Store, samples: Samples) -> None:
         self.store, self.samples = store, samples
@@ -102,6 +102,11 @@ class Reader:
         return unpack(rows, len(about.classes), about.top_k, about.temperature)
 
 
+def names(pipeline: Pipeline) -> str:
+    """The operators in words."""
+    return ", ".join(type(step).__name__ for step in pipeline.steps)
+
+
 @dataclass(frozen=True)
 class StoredLabels:
     """Soft labels from a store; of several teachers, the mean of what each has in its own.
@@ -121,7 +126,13 @@ class StoredLabels:
         return digest(*(reader.files for reader, _ in self.readers))
 
     def pipelines(self, student: Pipeline) -> tuple[Pipeline, ...]:
-        """None: nobody but the student sees an image."""
+        """None: nobody but the student sees an image. Raises PluginError for other views than the labels are of."""
+        about = self.readers[0][0].store.description
+        if student.at(about.pipeline.resolution).steps != about.pipeline.steps:
+            raise PluginError(
+                f"expected a stage that trains on the views of its labels, {names(about.pipeline)}, got "
+                f"{names(student)}; write labels: online"
+            )
         return ()
 
     def of(self, batch: Batch) -> Soft:

@@ -8,10 +8,11 @@ A shard goes by a hash of its keys and of what its bytes are known by, so it has
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-import mmap
 import os
+import secrets
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -24,7 +25,7 @@ from ssld.data.loader import Replay
 from ssld.data.samples import Samples, digest
 from ssld.data.transforms import Pipeline
 from ssld.environment import environment
-from ssld.errors import LabelError
+from ssld.errors import DataError, LabelError
 from ssld.files import commit_exclusive, disk, reported, sweep_old, write_atomic
 from ssld.labels.format import QUANTIZER, Packed, decode, encode
 
@@ -99,7 +100,7 @@ class Probe:
 
 @dataclass(frozen=True, eq=False)
 class Labels:
-    """A label file that was found whole: its header, its labels [N, V] mapped into memory, a hash of all of it."""
+    """A label file that was found whole: its header, its labels [N, V], and a hash of all of it."""
 
     header: Mapping[str, Any]
     packed: Packed
@@ -151,16 +152,21 @@ class Store:
     def load(self, samples: Samples, shard: int) -> Labels:
         """The labels of a shard, after every byte was checked.
 
-        Raises LabelError for a file that is not there, is damaged, or is not what its name says.
+        Raises LabelError for a file that is not there, is damaged, or is not what its name says; DataError for one
+        that cannot be read, which says nothing against it.
         """
-        path = self.file(samples, shard)
+        return self._read(self.file(samples, shard), samples, shard)
+
+    def _read(self, path: Path, samples: Samples, shard: int) -> Labels:
         try:
-            with path.open("rb") as file:
-                data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except (OSError, ValueError) as error:
+            data = path.read_bytes()
+        except (FileNotFoundError, IsADirectoryError) as error:
             raise LabelError(
-                f"{path}: expected the soft labels of shard {shard} of {samples.name}, got: {error}; label it again"
+                f"{path}: expected the soft labels of shard {shard} of {samples.name}, got: {error.strerror}; label it "
+                f"again"
             ) from error
+        except OSError as error:
+            raise DataError(f"{path}: expected to read soft labels, got: {error.strerror}; make it readable") from error
         header, packed = decode(data, path)
         for key, wanted, got in self._differences(samples, shard, header, packed):
             raise LabelError(
@@ -171,12 +177,20 @@ class Store:
         front = 8 + int.from_bytes(data[:8], "little")
         return Labels(header, packed, hashlib.sha256(data[:front]).hexdigest())
 
-    def remove(self, samples: Samples, shard: int) -> None:
-        """Take a label file away, where it is there."""
+    def drop_damaged(self, samples: Samples, shard: int) -> None:
+        """Take a damaged label file away, where it is there; one that another process has mended meanwhile stays."""
         path = self.file(samples, shard)
+        aside = path.with_name(f".tmp-{path.name}-{secrets.token_hex(4)}")
         with reported(path, 0):
-            if os.path.lexists(path):
-                disk.remove(path)
+            if not os.path.lexists(path):
+                return
+            with contextlib.suppress(FileNotFoundError):
+                disk.rename(path, aside)
+                try:
+                    self._read(aside, samples, shard)
+                    disk.replace(aside, path)
+                except LabelError:
+                    disk.remove(aside)
 
     def _header(self, samples: Samples, shard: int, probe: Probe | None) -> dict[str, Any]:
         """What a label file says of itself."""

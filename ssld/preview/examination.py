@@ -14,6 +14,7 @@ from ssld.contracts import Teacher, TeacherSpec
 from ssld.data.loader import Batch, Damage, Replay, view_batches
 from ssld.data.samples import Samples, spread
 from ssld.data.transforms import Pipeline
+from ssld.datasets import COMPARED
 from ssld.errors import SsldError
 from ssld.graph import Node, make_plan
 from ssld.journal import counting
@@ -23,7 +24,7 @@ from ssld.recipe import read_recipe
 from ssld.rundir import Options, RunDirectory
 from ssld.settings import TeacherSetting
 from ssld.teaching.appraisal import Appraisal, appraise
-from ssld.teaching.asking import CHECKED, Member, Quality, ask, expect_better_than_chance
+from ssld.teaching.asking import Member, Quality, ask, expect_better_than_chance
 from ssld.teaching.classmap import Mapped
 from ssld.teaching.suspicion import Trial, Way, shown, try_ways, verdict, way_of
 
@@ -243,7 +244,7 @@ class Examination:
         """Logits [B, classes] and true classes [B], batch by batch."""
         logits: list[np.ndarray] = []
         labels: list[np.ndarray] = []
-        total = min(CHECKED, len(self._validation))
+        total = min(COMPARED, len(self._validation))
         with closing(self._batches(self.pipeline, total)) as batches, counting(self.member.who) as progress:
             for batch in batches:
                 if not logits:

@@ -34,7 +34,7 @@ from ssld.preview.forecast import LabelForecast
 from ssld.recipe import read_recipe
 from ssld.rundir import Options, RunDirectory
 from ssld.settings import Stored, TeacherSetting
-from ssld.teaching.asking import CHECKED, Member, ask
+from ssld.teaching.asking import Member, ask
 from ssld.train import networks
 from ssld.train.frozen import COMPARED, Frozen
 
@@ -215,7 +215,7 @@ class Probe:
             reached = status.checkpoint.step if status.kind == "resume" and status.checkpoint else 0
             speeds = self._speeds(node) if self.budget.left > 0 else None
             taught = bool(node.settings.taught_by)
-            evaluated = len(self.plan.data.validation) + taught * len(self.plan.data.held_out.limited(CHECKED))
+            evaluated = len(self.plan.data.validation) + taught * len(self.plan.data.compared)
             cost = Cost(node, node.steps - reached, evaluated, speeds)
             if node.settings.stored:
                 store = self.members.run.labels(node)
@@ -343,7 +343,7 @@ class Probe:
         data = self.plan.data
         [(store, _)] = self.members.tested_stores(node, (self._member(node, setting),))
         missing = 0
-        for samples in (data.validation.limited(CHECKED), data.held_out.limited(CHECKED)):
+        for samples in (data.checked, data.compared):
             key = (store.directory, samples.identity)
             if key not in self.counted:
                 self.counted.add(key)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -17,32 +17,42 @@ from ssld.errors import SsldError, TeacherError
 from ssld.metrics import best_class, wilson
 from ssld.teaching.ensemble import average
 
-# enough for an interval of about ± 3 points, little enough to be done before the user has noticed
-CHECKED = 1000
-
 
 @dataclass(frozen=True)
 class Member:
-    """One teacher of a stage: who it is in words, and its weight among the teachers."""
+    """One teacher of a stage: who it is in words, and its weight among the teachers.
+
+    identity: a hash of its fingerprint and of what else makes it answer as it does: its network, its options.
+    """
 
     who: str
     teacher: Teacher
     weight: float
+    identity: str = ""
+
+    @property
+    def spec(self) -> TeacherSpec:
+        """The teacher's own, with the identity, where there is one, for a fingerprint."""
+        return replace(self.teacher.spec, fingerprint=self.identity or self.teacher.spec.fingerprint)
 
 
 def together(members: Sequence[Member]) -> str:
     """A hash of several teachers and their weights."""
-    parts = [f"{member.teacher.spec.fingerprint} {member.teacher.spec.precision} {member.weight}" for member in members]
+    parts = [f"{member.spec.fingerprint} {member.spec.precision} {member.weight}" for member in members]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class OnlineLabels:
-    """Soft labels from teachers that are asked in every step; samples: the set, for messages; classes: how many."""
+    """Soft labels from teachers that are asked in every step.
+
+    samples: the set, for messages; classes: how many; temperature: at which several teachers are averaged.
+    """
 
     members: tuple[Member, ...]
     samples: Samples
     classes: int
+    temperature: float = 1.0
 
     @property
     def fingerprint(self) -> str:
@@ -66,7 +76,7 @@ class OnlineLabels:
         """What the teachers say of a batch, on average."""
         names = [self.samples.where(int(index)) for index in batch.indices]
         answers = [
-            (Soft(None, ask(member.teacher, images, self.classes, member.who, names)), member.weight)
+            (Soft(None, ask(member.teacher, images, self.classes, member.who, names), self.temperature), member.weight)
             for member, images in zip(self.members, batch.images[1:], strict=True)
         ]
         return average(answers, self.classes)

@@ -272,7 +272,7 @@ def test_the_hash_of_all_files_changes_with_any_of_them(tmp_path):
     again = store_in(tmp_path / "two", Projection())
     assert labelled(again, Projection(), pool).files == before
     # the same teacher in name only
-    store.remove(pool, 2)
+    store.file(pool, 2).unlink()
     label(store, Projection(seed=1), pool, [2], Work(Damage(0)))
     assert opened(store, pool).files != before
 

@@ -9,6 +9,7 @@ import os
 import shutil
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from ssld.data.loader import Replay
 from ssld.data.samples import concatenate
 from ssld.data.sources import open_source
 from ssld.data.transforms import Pipeline
-from ssld.errors import LabelError, StorageError
+from ssld.errors import DataError, LabelError, StorageError
 from ssld.labels import store as storing
 from ssld.labels.format import bytes_per_view, encode, pack
 from ssld.labels.store import Description, Probe, Store
@@ -381,11 +382,34 @@ def test_a_file_that_is_taken_away_makes_room_for_another(tmp_path, open_pool, k
     fill(store, pool)
     whole = store.file(pool, 0).read_bytes()
     SPOILED[kind](store.file(pool, 0))
-    store.remove(pool, 0)
+    store.drop_damaged(pool, 0)
     assert store.missing(pool) == [0]
     assert fill(store, pool) == [True]
     assert store.file(pool, 0).read_bytes() == whole
 
 
 def test_taking_away_what_is_not_there_is_no_error(tmp_path, open_pool):
-    Store(tmp_path, ABOUT).remove(open_pool(4), 0)
+    Store(tmp_path, ABOUT).drop_damaged(open_pool(4), 0)
+
+
+def test_a_file_that_another_process_has_mended_stays(tmp_path, open_pool):
+    pool, store = open_pool(4), Store(tmp_path, ABOUT)
+    fill(store, pool)
+    whole = store.file(pool, 0).read_bytes()
+    store.drop_damaged(pool, 0)
+    assert store.file(pool, 0).read_bytes() == whole
+    assert {path.name for path in store.directory.iterdir()} == {"labels.json", store.file(pool, 0).name}
+
+
+def test_a_file_that_cannot_be_read_is_no_damage(tmp_path, open_pool, monkeypatch):
+    """A machine that has no file handle left says nothing against the file."""
+    pool, store = open_pool(4), Store(tmp_path, ABOUT)
+    fill(store, pool)
+
+    def refuse(path):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(DataError, match="expected to read soft labels, got: Too many open files") as caught:
+        store.load(pool, 0)
+    assert not isinstance(caught.value, LabelError)

@@ -444,10 +444,13 @@ def test_a_file_of_a_teacher_counts_by_its_content_wherever_it_lies(plan, tmp_pa
 
 
 def test_tensors_beside_an_onnx_file_count_by_their_content(plan, tmp_path):
-    (tmp_path / "model.onnx").write_bytes(b"graph")
+    # a tensor whose values lie in another file names it by the key `location`
+    name = b"values-" + 150 * b"x"
+    entry = b"\x0a\x08location\x12" + bytes([len(name) & 0x7F | 0x80, len(name) >> 7]) + name
+    (tmp_path / "model.onnx").write_bytes(b"graph" + entry)
 
     def with_tensors(content):
-        (tmp_path / "model.onnx.data").write_bytes(content)
+        (tmp_path / name.decode()).write_bytes(content)
         return plan({"stages.finetune.teacher": {"onnx": str(tmp_path / "model.onnx")}})
 
     before = with_tensors(b"tensors")

@@ -102,7 +102,7 @@ def test_stages_that_share_a_teacher_load_it_once(acme):
     teachers = {members.of(node(members, name))[0].teacher for name in ("distill", "again", "distill")}
     assert len(teachers) == len(acme.calls) == 1
     members.of(node(members, "larger"))
-    assert [call["resolution"] for call in acme.calls] == [16, 24], "one of another resolution may be another teacher"
+    assert [call["resolution"] for call in acme.calls] == [16], "the recipe's, whatever the student's is"
 
 
 def test_several_teachers_keep_their_order_and_weights(acme):
@@ -152,7 +152,9 @@ def test_the_store_of_a_stage_is_for_the_views_of_training_at_the_teachers_size(
     about = store.description
     assert store.root == Path("run/labels.store")
     assert member.teacher is acme.teacher
-    assert (about.teacher, about.classes, about.who) == (acme.teacher.spec, CLASSES, member.who)
+    assert (about.teacher, about.classes, about.who) == (member.spec, CLASSES, member.who)
+    assert about.teacher == replace(acme.teacher.spec, fingerprint=about.teacher.fingerprint)
+    assert about.teacher.fingerprint != acme.teacher.spec.fingerprint, "the recipe's keys are in it as well"
     assert (about.replay, about.top_k, about.temperature) == (Replay(7, 5), 3, 1.0)
     assert about.pipeline.resolution == 12
     first, *_ = about.pipeline.steps
@@ -213,3 +215,16 @@ def test_a_stage_that_is_not_finished_teaches_nobody(acme):
 )
 def test_each_way_of_getting_a_teacher_has_its_entry_point(keys, wanted):
     assert named(TeacherSetting.model_validate(keys)) == wanted
+
+
+def test_what_else_makes_a_teacher_answer_is_part_of_what_it_is(acme):
+    """Equal weights are not an equal teacher: the plug-in's options and version count, and the weight in a list not."""
+
+    def directory(*overrides):
+        members = members_of(*overrides)
+        return members.stores(node(members))[0][0].directory
+
+    plain = directory()
+    assert directory("stages.distill.teacher={plugin: acme, temper: 3}") != plain
+    assert directory("stages.distill.teacher={plugin: acme, weight: 3}") == plain
+    assert directory("stages.distill.teacher=[{plugin: acme}, {plugin: acme, temper: 3}]") == plain

@@ -287,7 +287,7 @@ def copy_of_changed_shard(path, soft):
     store, samples = store_of(soft), changed.named(("unlabeled",))
     label(store, Projection(0), samples, [1], Work(Damage(0)))
     shutil.copy(store.file(samples, 1), path)
-    store.remove(samples, 1)
+    store.file(samples, 1).unlink()
 
 
 SPEC = Projection(0).spec

@@ -129,7 +129,7 @@ def test_a_teacher_that_changed_behind_its_fingerprint_is_found(acme):
     store, _ = make_labels(begin())
     acme.weights = -acme.weights
     rows, (fault,) = verify_all([only()], None, 0.01, ignore)
-    assert f"{store.directory}: expected the teacher to agree with at least 99% of its labels" in fault
+    assert f"{store.directory}: expected the teacher to agree with at least 95% of its labels" in fault
     assert fault.endswith("remove them with ssld labels rm, and label again")
     assert float(rows[0][4]) < 0.5
 
@@ -190,7 +190,7 @@ def test_of_many_images_some_are_asked_about_from_the_first_to_the_last(acme, mo
 def test_labels_of_some_shards_are_enough(acme):
     store, samples = make_labels(begin())
     for shard in (0, 2, 3):
-        store.remove(samples, shard)
+        store.file(samples, shard).unlink()
     assert verify(only(), Path("run"), ignore).images == 16
 
 
