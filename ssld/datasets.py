@@ -53,7 +53,7 @@ class Datasets:
 
     @cached_property
     def compared(self) -> Samples:
-        """What student and teacher are compared on, in virtual shards, since a few images of each would be many shards."""
+        """What student and teacher are compared on, in virtual shards: a few images of each would be many of them."""
         return self.held_out.limited(COMPARED).regrouped()
 
     def named(self, names: tuple[str, ...]) -> Samples:
