@@ -112,7 +112,7 @@ class Journal:
             def advance(done: int, total: int) -> None:
                 nonlocal last, shown
                 now = time.monotonic()
-                rate = done / max(now - began, 1e-9)
+                rate = max(done, 1) / max(now - began, 1e-9)
                 left = duration((total - done) / rate)
                 if progress is not None and task is not None:
                     progress.update(task, completed=done, total=total, detail=f"labelling {done}/{total} eta {left}")

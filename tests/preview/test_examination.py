@@ -216,7 +216,7 @@ def test_a_good_teacher_is_told_with_its_numbers_and_tried_in_no_other_way(place
     first, other = np.exp([9, 0, 0, 0]), np.exp([6, 3, 0, 0])
     shares = [first / first.sum(), *[other / other.sum()] * 3]
     nats = sum(-(share * np.log(share)).sum() for share in shares) / 4
-    assert cells["teacher"] == "the teacher network ResNet18_vd"
+    assert cells["teacher"] == "the teacher network ResNet18_vd of teacher.safetensors"
     assert cells["entropy"] == f"{nats:.3f} nats"
     assert cells["of log C"] == f"{nats / math.log(4):.1%}"
     # the two confidences lie in one bin, since both are above 14/15
@@ -311,7 +311,7 @@ def test_a_usable_teacher_ends_with_0_and_nothing_is_written(place, teachers):
     before = files(place)
     found = check()
     assert found.exit_code == 0, found.output
-    assert "the teacher network ResNet18_vd  1.0000" in found.stdout
+    assert "the teacher network ResNet18_vd of teacher.safetensors  1.0000" in found.stdout
     assert files(place) == before
 
 
@@ -331,5 +331,5 @@ def test_a_teacher_that_is_still_to_be_trained_is_named_and_the_others_are_shown
     write({**RECIPE, "stages": {"teach": teach, "distill": {**RECIPE["stages"]["distill"], "teacher": both}}})
     found = check()
     assert found.exit_code == 2
-    assert "the teacher network ResNet18_vd  1.0000" in found.stdout
+    assert "the teacher network ResNet18_vd of teacher.safetensors  1.0000" in found.stdout
     assert "expected the stage teach to be finished, got: not run yet; run it first, with ssld run" in found.stderr
