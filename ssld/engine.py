@@ -76,14 +76,14 @@ def status(out: str | Path | None = None) -> Overview:
     """Where a run stands: the newest under runs/ when `out` is left out."""
     directory = existing_run(out)
     recipe, options = RunDirectory(directory).recorded()
-    found = overview(directory, make_plan(recipe, limit=options.limit))
+    found = overview(directory, make_plan(recipe, limit=options.limit), foresee=False)
     working = holder(directory)
     where = f"{directory}, in use by {working}" if working else str(directory)
     return replace(found, remarks=(where, *found.remarks), running=working is not None)
 
 
-def overview(directory: Path, plan: Plan) -> Overview:
-    """The plan beside what the directory holds."""
+def overview(directory: Path, plan: Plan, *, foresee: bool = True) -> Overview:
+    """The plan beside what the directory holds; foresee: with what labelling would take, for which teachers load."""
     remarks: list[str] = []
     run = RunDirectory(directory)
     stages = tuple((node, run.status(node, remarks.append)) for node in plan.nodes)
@@ -92,7 +92,7 @@ def overview(directory: Path, plan: Plan) -> Overview:
     members = Members(run, plan, Options(), lambda _: None)
     waiting = {node.name for node, status in stages if status.kind != "done"}
     foreseen: set[object] = set()
-    todo = [node for node in plan.nodes if node.name in waiting]
+    todo = [node for node in plan.nodes if node.name in waiting and foresee]
     labels = {node.name: label_forecasts(members, node, waiting, foreseen) for node in todo}
     return Overview(directory, stages, labels, tuple(remarks), test=tested)
 
@@ -116,12 +116,7 @@ def label(
     read = recipe if isinstance(recipe, Recipe) else read_recipe(recipe, overrides)
     directory = RunDirectory(Path(out) if out is not None else Path("runs") / read.name)
     plan = make_plan(read, limit=limit)
-    nodes = [plan.find(str(stage))] if stage is not None else [node for node in plan.nodes if node.settings.stored]
-    if not nodes or nodes[0].settings.stored is None:
-        raise RecipeError(
-            f"{read.name}: expected a stage that keeps soft labels, got {nodes[0].name if nodes else 'none'}; write "
-            f"labels: {{views: 8, top_k: 10}} for it"
-        )
+    nodes = keeping(plan, stage)
     directory.claim()
     from ssld.train.networks import use_device
 
@@ -144,6 +139,17 @@ def label(
         raise
     finally:
         journal.close()
+
+
+def keeping(plan: Plan, stage: str | int | None) -> list[Node]:
+    """The stages whose soft labels are kept, or the one that is meant. Raises RecipeError where there is none."""
+    nodes = [plan.find(str(stage))] if stage is not None else [node for node in plan.nodes if node.settings.stored]
+    if not nodes or nodes[0].settings.stored is None:
+        raise RecipeError(
+            f"{plan.recipe.name}: expected a stage that keeps soft labels, got {nodes[0].name if nodes else 'none'}; "
+            f"write labels: {{views: 8, top_k: 10}} for it"
+        )
+    return nodes
 
 
 def existing_run(out: str | Path | None) -> Path:
