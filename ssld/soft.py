@@ -64,7 +64,8 @@ class SoftSource:
         data, settings = self.members.plan.data, node.settings
         samples = data.named(settings.data)
         if settings.stored is None:
-            temperature = settings.loss.options.get("temperature", 1.0)
+            loss = getattr(settings, "loss", None)
+            temperature = loss.options.get("temperature", 1.0) if loss else 1.0
             return OnlineLabels(self.members.of(node), samples, len(data.classes), temperature)
         return self._complete(self.members.stores(node), samples, data.damage_budget(settings.data))
 
