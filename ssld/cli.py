@@ -218,11 +218,11 @@ def info(place: Path) -> None:
 
     Show what is kept at a place (a run, a store or one directory of label files): teacher, views, files, bytes.
     """
-    from ssld.labels.inspect import kept_in
+    from ssld.verification import kept_at
     from ssld.wording import size
 
     rows = []
-    for kept in kept_in(place):
+    for kept in kept_at(place):
         made: dict[str, Any] = next((header["made"] for _, header, _ in kept.headers() if header), {})
         about = kept.about
         pixels, steps = about["transform"]["size"], about["transform"]["steps"]
@@ -254,10 +254,11 @@ def verify(place: Path, run: Path | None, tolerance: float) -> None:
 
     Check every byte of the label files, and ask the teacher again about a sample of 64 images.
     """
-    from ssld.labels.inspect import kept_in
-    from ssld.verification import verify_all
+    from ssld.rundir import RunDirectory
+    from ssld.verification import kept_at, verify_all
 
-    rows, faults = verify_all(kept_in(place), run, tolerance, lambda line: click.echo(line, err=True))
+    run = place if run is None and RunDirectory(place).exists() else run
+    rows, faults = verify_all(kept_at(place), run, tolerance, lambda line: click.echo(line, err=True))
     show(("labels", "files", "images asked", "views", "same top-1", "KL", "largest difference"), rows)
     if faults:
         raise LabelError("\n  ".join([f"{len(faults)} faults:", *faults]))

@@ -104,16 +104,17 @@ class Journal:
     @contextmanager
     def labelling(self, what: str) -> Iterator[Callable[[int, int], None]]:
         """Progress of a teacher's labelling: yields a function of (views done, views in all)."""
-        began = last = time.monotonic()
-        shown = -1
+        last, shown, first = time.monotonic(), -1, (0.0, 0)
         with bar(self.console) as progress:
             task = progress.add_task(self.place or what, detail="") if progress else None
 
             def advance(done: int, total: int) -> None:
-                nonlocal last, shown
+                nonlocal last, shown, first
                 now = time.monotonic()
-                rate = max(done, 1) / max(now - began, 1e-9)
-                left = duration((total - done) / rate)
+                # counted from the first answer on: before it, the teacher was loaded
+                first = first if first[1] else (now, done)
+                rate = (done - first[1]) / max(now - first[0], 1e-9)
+                left = duration((total - done) / rate) if rate else "?"
                 if progress is not None and task is not None:
                     progress.update(task, completed=done, total=total, detail=f"labelling {done}/{total} eta {left}")
                 if now - last > LINE_EVERY_SECONDS or (done == total != shown):

@@ -13,6 +13,7 @@ from pydantic import (
     Field,
     GetCoreSchemaHandler,
     Tag,
+    WithJsonSchema,
     model_validator,
 )
 from pydantic_core import CoreSchema
@@ -84,8 +85,8 @@ class TeacherSetting(Frozen):
 
     stage: str | None = None
     """An earlier stage of this run; its last weights teach."""
-    network: str | None = None
-    """A network by name, with `weights`, a .safetensors file."""
+    network: Annotated[str | None, WithJsonSchema({"anyOf": [{"type": "string"}, Named.model_json_schema()]})] = None
+    """A network by name, or {name: NAME, …options}, with `weights`, a .safetensors file."""
     onnx: str | None = None
     """An .onnx file, with size, mean and std where the file does not tell them."""
     plugin: str | None = None
@@ -96,6 +97,16 @@ class TeacherSetting(Frozen):
     """A file of `teacher class<TAB>student class` lines, for a teacher that knows other classes than the data."""
     weight: Annotated[float, Field(gt=0)] = 1.0
     """Its share in the mean of several teachers' probabilities, relative to the others'."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _network_with_options(cls, value: Any) -> Any:
+        """`network: {name: NAME, …}`, as a student is written, is `network: NAME` with `options`."""
+        network = value.get("network") if isinstance(value, dict) else None
+        if not isinstance(network, dict) or "name" not in network or "options" in value:
+            return value
+        options = {key: item for key, item in network.items() if key != "name"}
+        return {**value, "network": network["name"], "options": options}
 
     @property
     def way(self) -> str:

@@ -25,6 +25,9 @@ _TYPES = {
 _BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
 
 
+_TAG = re.compile(r"\(\w+\)")
+"""How the models here mark the branches of a union."""
+
 LISTED = 60
 """Known names that a message has room for."""
 
@@ -115,6 +118,8 @@ def _walk(loc: KeyPath, root: Schema) -> tuple[KeyPath, list[Schema]]:
     path: list[str | int] = []
     schemas = _branches(root, root)
     for part in loc:
+        if isinstance(part, str) and _TAG.fullmatch(part):
+            continue
         inner = [branch for schema in schemas for below in _below(schema, part) for branch in _branches(below, root)]
         if inner:
             path.append(part)

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 
-from ssld.errors import SsldError
 from ssld.graph import Node
 from ssld.labels.format import bytes_per_view
-from ssld.members import Members
+from ssld.members import Members, who
 from ssld.wording import size
 
 HEADER_BYTES = 1700
@@ -73,11 +72,7 @@ def label_forecasts(
     if stored is None:
         return ()
     first = [name for name in node.settings.teacher_stages if name in waiting]
-    try:
-        stores = [] if first else members.stores(node)
-        why_unknown = f"after {', '.join(first)}"
-    except SsldError as error:
-        stores, why_unknown = [], f"not known yet: {error}"
+    stores = [] if first else members.stores(node)
     found = []
     for setting, known in zip_longest(node.settings.taught_by, stores):
         missing = known[0].missing(samples) if known else range(len(samples.shard_ids))
@@ -86,7 +81,7 @@ def label_forecasts(
         foreseen |= {(place, samples.shard_ids[shard]) for shard in missing}
         found.append(
             LabelForecast(
-                teacher=setting.name,
+                teacher=who(setting).removeprefix("the teacher "),
                 images=len(samples),
                 shards=len(samples.shard_ids),
                 missing=len(missing),
@@ -96,7 +91,7 @@ def label_forecasts(
                 bytes_per_view=bytes_per_view(len(members.plan.data.classes), stored.top_k),
                 size=known[1].teacher.spec.size if known else None,
                 directory=known[0].directory if known else None,
-                why_unknown="" if known else why_unknown,
+                why_unknown=f"after {', '.join(first)}" if first else "",
             )
         )
     return tuple(found)

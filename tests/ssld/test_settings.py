@@ -234,3 +234,9 @@ def test_total_steps_are_the_fewest_that_show_every_epoch(epochs, samples, batch
     steps = settings(epochs=epochs, batch_size=batch).total_steps(samples)
     assert steps * batch >= epochs * samples
     assert (steps - 1) * batch < epochs * samples
+
+
+def test_a_teachers_network_may_be_written_as_a_students_is():
+    long = {"network": {"name": "ResNet18_vd", "stem_stride": 1}, "weights": "w.safetensors"}
+    short = {"network": "ResNet18_vd", "options": {"stem_stride": 1}, "weights": "w.safetensors"}
+    assert taught(teacher=long) == taught(teacher=short)

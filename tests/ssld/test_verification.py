@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -268,3 +269,14 @@ def test_a_useless_answer_is_an_error_of_the_teacher(acme):
     acme.weights = acme.weights * np.nan
     with pytest.raises(TeacherError, match="expected finite logits"):
         verify(only(), Path("run"), ignore)
+
+
+def test_labels_of_another_run_in_a_shared_store_are_read_and_not_asked_about(acme):
+    store, _ = make_labels(begin())
+    other = store.directory.with_name("0123456789abcdef")
+    shutil.copytree(store.directory, other)
+    told = []
+    rows, faults = verify_all(kept_in(Path("run")), Path("run"), 0.01, told.append)
+    assert faults == []
+    assert [row[2] for row in rows] == ["not asked", "40"]
+    assert "got one that does not" in told[0]
