@@ -334,7 +334,7 @@ def test_stored_labels_of_all_classes_and_views_teach_what_an_online_teacher_doe
     assert len(set(online[2]) - set(other[2])) > images
     # the labels are rounded to 8 bits, and nothing else differs: the rate is low, so that little is made of it
     assert stored[0] == pytest.approx(online[0], abs=2e-3)
-    assert distance(stored[1], online[1]) < 0.01 * distance(other[1], online[1])
+    assert distance(stored[1], online[1]) < 0.05 * distance(other[1], online[1])
 
 
 def distance(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> float:
