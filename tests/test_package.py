@@ -137,7 +137,9 @@ def test_it_lists_the_shipped_recipes(python: Python) -> None:
 
 def test_it_plans_a_shipped_recipe_by_name(python: Python) -> None:
     rows = python("-m", "ssld", "plan", "mobilenetv3_ssld").splitlines()[1:]
-    assert [row.split()[:2] for row in rows] == [["0", "teach"], ["1", "distill"], ["2", "finetune"], ["3", "fixres"]]
+    stages = [row.split()[:2] for row in rows]
+    assert stages == [["0", "teach"], ["1", "distill"], ["1", "distill"], ["2", "finetune"], ["3", "fixres"]]
+    assert [row.split()[2] for row in rows[1:3]] == ["label", "distill"]
 
 
 def test_it_runs_and_then_has_nothing_left_to_do(python: Python) -> None:

@@ -39,8 +39,9 @@ def test_a_run_takes_every_kind_of_source(ssld, photos, listed, kinds):
     done = ssld("run", ssld.recipe("teach", "distill"), *overrides, "--limit", "40", "--trust-teacher")
     assert [row["state"] for row in done.table()] == ["finished", "finished"]
     labeled, pool = re.findall(r" stages\), (\d+) images, 5 steps", done.err)
-    # a 32nd of the pool is held out, shard by shard
-    assert (int(labeled), 40 - int(pool)) in ((40, 1), (40, 2), (40, 3))
+    # a 32nd of the pool is held out, shard by shard, so that small shards may give nothing
+    assert int(labeled) == 40
+    assert 36 <= int(pool) <= 40
     assert "the teacher stage teach, run by " in done.err
     assert "on 40 validation images" in done.err
 
