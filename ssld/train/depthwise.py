@@ -377,7 +377,8 @@ def prepare(network: nn.Layer, note: Callable[[str], None]) -> None:
     differentiate(pixel, kernel, pixel.copy(), 1, 1, 1, pixel.copy(), kernel.copy(), True, True)
     seconds = time.monotonic() - began
     # a busy machine may take as long to load what it finds in the cache
-    fresh = any(kernel.stats.cache_misses for kernel in (convolve, differentiate))  # type: ignore[attr-defined]
+    kernels: tuple[Any, ...] = (convolve, differentiate)
+    fresh = any(kernel.stats.cache_misses for kernel in kernels)
     if fresh and seconds > NOTED:
         note(
             f"depthwise convolutions compiled for this processor in {seconds:.0f} s; later runs find them in the cache"
