@@ -42,7 +42,7 @@ def run(
     of another recipe and rerun is not set.
     """
     read = recipe if isinstance(recipe, Recipe) else read_recipe(recipe, overrides)
-    directory = Path(out) if out is not None else Path("runs") / read.name
+    directory = RunDirectory.of(read.name, out).path
     plan = make_plan(read, limit=limit)
     last = plan.find(str(until)) if until is not None else None
     return Runner(directory, plan, Options(device, limit, trust_teacher)).run(rerun=rerun, last=last)
@@ -69,7 +69,7 @@ def plan(
 ) -> Overview:
     """What `run` would do with the same arguments, and why; writes only the index cache."""
     read = recipe if isinstance(recipe, Recipe) else read_recipe(recipe, overrides)
-    return overview(Path(out) if out is not None else Path("runs") / read.name, make_plan(read, limit=limit))
+    return overview(RunDirectory.of(read.name, out).path, make_plan(read, limit=limit))
 
 
 def status(out: str | Path | None = None) -> Overview:
@@ -114,7 +114,7 @@ def label(
     static slices of the shards. Raises RecipeError where no stage keeps labels, or the teacher is still to be trained.
     """
     read = recipe if isinstance(recipe, Recipe) else read_recipe(recipe, overrides)
-    directory = RunDirectory(Path(out) if out is not None else Path("runs") / read.name)
+    directory = RunDirectory.of(read.name, out)
     plan = make_plan(read, limit=limit)
     nodes = keeping(plan, stage)
     directory.claim()

@@ -37,7 +37,7 @@ class Members:
 
     def of(self, node: Node) -> tuple[Member, ...]:
         """The teachers of a stage. Raises PluginError for what is no teacher, DataError for one of other classes."""
-        return tuple(self._member(node, setting) for setting in node.settings.taught_by)
+        return tuple(self.member(setting) for setting in node.settings.taught_by)
 
     def stores(self, node: Node) -> list[tuple[Store, Member]]:
         """Where the soft labels of a stage's training views are kept, for each of its teachers."""
@@ -78,7 +78,8 @@ class Members:
         spec, classes = member.spec, self.plan.data.classes
         return Store(self.run.labels(node), Description(spec, shown, replay, top_k, temperature, classes, member.who))
 
-    def _member(self, node: Node, setting: TeacherSetting) -> Member:
+    def member(self, setting: TeacherSetting) -> Member:
+        """One teacher. Raises as `of` does."""
         key = repr(setting)
         if key not in self.loaded:
             self.loaded[key] = self._load(setting)

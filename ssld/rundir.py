@@ -64,6 +64,11 @@ class RunDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
 
+    @classmethod
+    def of(cls, name: str, out: str | Path | None) -> RunDirectory:
+        """The run of the recipe of that name: out, or runs/NAME when left out."""
+        return cls(Path(out) if out is not None else Path("runs") / name)
+
     def exists(self) -> bool:
         return all((self.path / name).is_file() for name in ("recipe.yaml", "run.json"))
 

@@ -110,8 +110,8 @@ class SoftSource:
 
     def _opened(self, store: Store, samples: Samples) -> Reader:
         """The labels that are there; damaged files are named and removed."""
-        reader, missing = Reader(store, samples), set(store.missing(samples))
-        for shard, fault in reader.open([s for s in range(len(samples.shard_ids)) if s not in missing]).items():
+        reader = Reader(store, samples)
+        for shard, fault in reader.open_present().items():
             self.journal.note(f"warning: {fault}")
             store.drop_damaged(samples, shard)
         reader.expect_same_views()

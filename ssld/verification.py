@@ -9,17 +9,18 @@ from pathlib import Path
 import numpy as np
 
 from ssld.contracts import Soft
-from ssld.data.loader import Damage, view_batches
+from ssld.data.loader import Damage
 from ssld.data.samples import Samples
 from ssld.errors import DataError, LabelError, RecipeError
 from ssld.graph import make_plan
 from ssld.labels.inspect import Kept, kept_in
+from ssld.labels.labelling import answers
 from ssld.labels.reader import Reader
 from ssld.labels.store import Store
 from ssld.members import Members
 from ssld.metrics import agreement
 from ssld.rundir import LABELS, RunDirectory
-from ssld.teaching.asking import Member, ask
+from ssld.teaching.asking import Member
 
 SAMPLED = 64
 AGREEMENT = 0.95
@@ -131,24 +132,17 @@ def _used(members: Members) -> Iterator[tuple[Store, Member, Samples]]:
 
 
 def _compare(store: Store, member: Member, samples: Samples) -> Verdict:
-    about, reader = store.description, Reader(store, samples)
-    missing = set(store.missing(samples))
-    for fault in reader.open([shard for shard in range(len(samples.shard_ids)) if shard not in missing]).values():
+    reader = Reader(store, samples)
+    for fault in reader.open_present().values():
         raise fault
     reader.expect_same_views()
     labeled = np.concatenate([np.empty(0, np.int64), *(reader.indices(shard) for shard in reader.shards)])
     if not len(labeled):
         raise LabelError(f"{store.directory}: expected labels of {samples.name}, got none")
     chosen = labeled[np.linspace(0, len(labeled) - 1, min(SAMPLED, len(labeled))).astype(int)]
-    answers, rows = [], []
-    batches = view_batches(
-        samples, about.pipeline, about.replay, batch_size=64, indices=chosen.tolist(), damage=Damage(len(chosen))
-    )
-    for batch in batches:
-        names = [samples.where(int(index)) for index in batch.indices]
-        answers.append(ask(member.teacher, batch.images[0], len(about.classes), about.who, names))
-        rows.append(np.stack([batch.indices, batch.views]))
-    logits, (indices, views) = np.concatenate(answers), np.concatenate(rows, axis=1)
+    answered = list(answers(store, member.teacher, samples, chosen.tolist(), Damage(len(chosen))))
+    logits = np.concatenate([found for _, found in answered])
+    indices, views = (np.concatenate([getattr(batch, part) for batch, _ in answered]) for part in ("indices", "views"))
     kept = reader.at(indices, views)
     same, kl = agreement(logits, kept)
     return Verdict(len(chosen), len(indices), same, kl, _largest(logits, kept))

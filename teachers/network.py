@@ -10,11 +10,10 @@ import numpy as np
 
 from ssld.checkpoint import read_weights
 from ssld.contracts import Teacher, TeacherSpec
-from ssld.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+from ssld.data.transforms import IMAGENET_MEAN, IMAGENET_STD, Triple
 from ssld.environment import PADDLE, PADDLE_GPU, installed
 from ssld.teaching.asking import Deferred, fingerprint
 
-Triple = tuple[float, float, float]
 Precision = Literal["float32", "bfloat16"]
 
 

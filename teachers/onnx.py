@@ -12,12 +12,10 @@ from typing import Any
 import numpy as np
 
 from ssld.contracts import Teacher, TeacherSpec
-from ssld.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+from ssld.data.transforms import IMAGENET_MEAN, IMAGENET_STD, Triple
 from ssld.errors import CheckpointError, PluginError, RecipeError, TeacherError
 from ssld.teaching.onnx_files import files_beside
 from ssld.wording import near
-
-Triple = tuple[float, float, float]
 
 _SMALLEST = np.finfo(np.float32).tiny
 

@@ -80,8 +80,9 @@ def _label_shard(
     start, stop = (int(border) for border in samples.borders[shard : shard + 2])
     packed = damaged((stop - start, about.replay.views), len(about.classes), about.top_k)
     probe = None
-    with closing(_answers(store, teacher, samples, range(start, stop), meter)) as answers:
-        for batch, logits in answers:
+    damage = meter.work.damage
+    with closing(answers(store, teacher, samples, range(start, stop), damage, meter.go_on)) as found:
+        for batch, logits in found:
             rows = batch.indices - start, batch.views
             answer = pack(logits, about.top_k, about.temperature)
             packed.ids[rows], packed.codes[rows], packed.rest[rows] = answer.ids, answer.codes, answer.rest
@@ -90,15 +91,20 @@ def _label_shard(
     return packed, probe
 
 
-def _answers(
-    store: Store, teacher: Teacher, samples: Samples, indices: Sequence[int], meter: _Meter
+def answers(
+    store: Store,
+    teacher: Teacher,
+    samples: Samples,
+    indices: Sequence[int],
+    damage: Damage,
+    go_on: Callable[[], None] = lambda: None,
 ) -> Generator[tuple[Batch, np.ndarray], None, None]:
-    """Batches of views, and the teacher's logits for each."""
-    about, damage = store.description, meter.work.damage
+    """Batches of views of these samples, and the teacher's logits for each; go_on(): may raise to end it."""
+    about = store.description
     batches = view_batches(samples, about.pipeline, about.replay, batch_size=BATCH, indices=indices, damage=damage)
     with closing(batches):
         for batch in batches:
             # before the teacher is asked: after its last answer the shard is committed, whatever comes
-            meter.go_on()
+            go_on()
             names = [samples.where(int(index)) for index in batch.indices]
             yield batch, ask(teacher, batch.images[0], len(about.classes), about.who, names)

@@ -43,6 +43,11 @@ class Reader:
         """The shards that have no labels yet."""
         return [shard for shard in range(len(self.samples.shard_ids)) if shard not in self._shards]
 
+    def open_present(self) -> dict[int, LabelError]:
+        """Open every label file that is there; returns what is wrong with those that cannot be used."""
+        missing = set(self.store.missing(self.samples))
+        return self.open([shard for shard in range(len(self.samples.shard_ids)) if shard not in missing])
+
     @property
     def shards(self) -> list[int]:
         """The shards whose labels are open."""

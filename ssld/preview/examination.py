@@ -157,7 +157,7 @@ def examine_all(
     out: the run that has finished the stages which teach, runs/NAME when left out.
     """
     read = read_recipe(recipe, overrides)
-    directory = RunDirectory(Path(out) if out is not None else Path("runs") / read.name)
+    directory = RunDirectory.of(read.name, out)
     report = Report()
     members = Members(directory, make_plan(read, limit=limit), Options(device, limit), report.remarks.append)
     seen: set[str] = set()
@@ -179,14 +179,9 @@ def _teachers(members: Members) -> Iterator[tuple[Node, TeacherSetting]]:
     return ((node, setting) for node in members.plan.nodes for setting in node.settings.taught_by)
 
 
-def alone(node: Node, setting: TeacherSetting) -> Node:
-    """The stage as it would be with one teacher."""
-    return replace(node, settings=node.settings.model_copy(update={"teacher": (setting,)}))
-
-
 def _loaded(members: Members, node: Node, setting: TeacherSetting) -> tuple[Member, Pipeline, str]:
     """One of the teachers of a stage, how it is shown an image at test time, and a hash of the two."""
-    [member] = members.of(alone(node, setting))
+    member = members.member(setting)
     [(store, _)] = members.tested_stores(node, (member,))
     return member, store.description.pipeline, store.description.fingerprint
 

@@ -29,8 +29,6 @@ from ssld.journal import Journal
 from ssld.members import Members, who
 from ssld.overview import Overview
 from ssld.preview.costs import Cost, LabelWork, Speeds, TeacherSpeed
-from ssld.preview.examination import alone
-from ssld.preview.forecast import LabelForecast
 from ssld.recipe import read_recipe
 from ssld.rundir import Options, RunDirectory
 from ssld.settings import Stored, TeacherSetting
@@ -66,7 +64,7 @@ def measure(
     """
     read = read_recipe(recipe, overrides)
     plan = make_plan(read, limit=limit)
-    found = overview(Path(out) if out is not None else Path("runs") / read.name, plan)
+    found = overview(RunDirectory.of(read.name, out).path, plan)
     networks.use_device(device)
     with tempfile.TemporaryDirectory(prefix="ssld-") as scratch:
         journal = Journal(Path(scratch), Console(file=io.StringIO()))
@@ -204,7 +202,7 @@ class Probe:
         self.todo = [(node, status) for node, status in found.stages if status.kind != "done"]
         self.waiting = {node.name for node, _ in self.todo}
         self.budget = Budget(sum(3 + 2 * len(node.settings.taught_by) for node, _ in self.todo))
-        self.teachers: dict[str, Member] = {}
+        self.fresh: dict[str, Member] = {}
         self.measured: dict[tuple[Any, ...], TeacherSpeed] = {}
         self.counted: set[tuple[Any, ...]] = set()
 
@@ -258,7 +256,7 @@ class Probe:
 
     def _teacher(self, node: Node, setting: TeacherSetting) -> TeacherSpeed:
         """Measured once for all stages that show the same images to it."""
-        member = self._member(node, setting)
+        member = self._member(setting)
         seconds = self.budget.share(), self.budget.share()
         replay = self._blank(node).replay or Replay(0, 1)
         key = (repr(setting), member.teacher.spec.size, node.settings.data, replay)
@@ -298,19 +296,16 @@ class Probe:
             batches, lambda views: ask(member.teacher, views.images[0], classes, member.who, views.keys), seconds
         )
 
-    def _member(self, node: Node, setting: TeacherSetting) -> Member:
+    def _member(self, setting: TeacherSetting) -> Member:
         """The teacher; of a stage that is still to be trained, the same network with fresh weights."""
-        key = f"{setting!r} {node.settings.resolution}"
-        if key not in self.teachers:
-            known = setting.stage not in self.waiting
-            self.teachers[key] = self._known(node, setting) if known else self._fresh(node, setting)
-        return self.teachers[key]
+        if setting.stage not in self.waiting:
+            return self.members.member(setting)
+        key = repr(setting)
+        if key not in self.fresh:
+            self.fresh[key] = self._fresh(setting)
+        return self.fresh[key]
 
-    def _known(self, node: Node, setting: TeacherSetting) -> Member:
-        [member] = self.members.of(alone(node, setting))
-        return member
-
-    def _fresh(self, node: Node, setting: TeacherSetting) -> Member:
+    def _fresh(self, setting: TeacherSetting) -> Member:
         first = self.plan.node(str(setting.stage))
         supplied = {
             "model": self._model(first),
@@ -325,23 +320,16 @@ class Probe:
         """What of each teacher's labels is not there yet, and will not be made by an earlier stage of the plan."""
         forecasts = self.forecasts.get(node.name) or repeat(None)
         return tuple(
-            LabelWork(*self._trained(node, setting, forecast), self._tested(node, setting))
+            LabelWork(
+                forecast.passes if forecast else 0, forecast.bytes if forecast else 0, self._tested(node, setting)
+            )
             for setting, forecast in zip(node.settings.taught_by, forecasts, strict=False)
         )
-
-    def _trained(self, node: Node, setting: TeacherSetting, forecast: LabelForecast | None) -> tuple[int, int]:
-        """Views that are to be labelled for the training, and bytes that this takes."""
-        stored = node.settings.stored
-        key = (repr(setting), self._member(node, setting).teacher.spec, node.settings.data, repr(stored))
-        if forecast is None or stored is None or key in self.counted:
-            return 0, 0
-        self.counted.add(key)
-        return forecast.passes, forecast.bytes
 
     def _tested(self, node: Node, setting: TeacherSetting) -> int:
         """Images about which a teacher is asked at test time: to measure it, and to compare the student with it."""
         data = self.plan.data
-        [(store, _)] = self.members.tested_stores(node, (self._member(node, setting),))
+        [(store, _)] = self.members.tested_stores(node, (self._member(setting),))
         missing = 0
         for samples in (data.checked, data.compared):
             key = (store.directory, samples.identity)
