@@ -31,8 +31,9 @@ from ssld.labels.reader import Reader, StoredLabels
 from ssld.labels.store import Description, Store
 from ssld.settings import Context, Named
 from ssld.train import losses, networks
+from ssld.train.exchange import Exchange
 from ssld.train.feed import feed
-from ssld.train.loop import advance
+from ssld.train.loop import Descent
 from ssld.train.momentum import Momentum
 
 CLASSES, SIZE, BATCH, IMAGES, STEPS, TURNS = 1000, 64, 64, 2000, 20, 5
@@ -97,11 +98,12 @@ def turns(task: Task[Any]) -> Iterator[float]:
     def objective(logits: Any, target: Any) -> Any:
         return losses.hard_ce(logits, target.labels) if task.soft is None else js(logits, target.soft)
 
+    descend = Descent(task, network, objective, optimizer, Exchange(network, task.ranks))
     with closing(targets):
         for turn in range(TURNS + 1):
             began = time.perf_counter()
             for _ in range(STEPS):
-                advance(network, optimizer, objective, next(targets), 0.01, task)
+                descend(next(targets), 0.01)
             if turn:  # the first one warms up
                 yield STEPS * BATCH / (time.perf_counter() - began)
 

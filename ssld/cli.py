@@ -20,6 +20,11 @@ RECIPE_OPTIONS = (
     ),
     click.option("--limit", type=click.IntRange(min=1), help="A smoke run: at most so many images of each set."),
 )
+NPROC = click.option(
+    "--nproc",
+    type=click.IntRange(min=1),
+    help="Processes that train together, sharing every batch; kept by the run, at first 1.",
+)
 
 
 class Commands(click.Group):
@@ -76,6 +81,7 @@ def main() -> None:
 @click.option("--out", type=click.Path(path_type=Path), help="The run directory; runs/NAME when left out.")
 @click.option("--device", type=click.Choice(["cpu", "gpu"]), default="cpu", show_default=True)
 @click.option("--until", metavar="STAGE", help="Stop after this stage (number or name).")
+@NPROC
 @click.option("--rerun", is_flag=True, help="Do again what a changed recipe affects; old results move to attempt.N.")
 @click.option("--trust-teacher", is_flag=True, help="Go on with a teacher that is no better than chance.")
 def run(recipe: str, out: Path | None, overrides: tuple[str, ...], **options: Any) -> None:
@@ -92,7 +98,8 @@ def run(recipe: str, out: Path | None, overrides: tuple[str, ...], **options: An
 @main.command(short_help="Go on exactly where a run stopped, or start again from one of its stages.")
 @click.option("--stage", help="Start again from this stage (number or name); what comes before stays.")
 @click.option("--out", type=click.Path(path_type=Path), help="The run directory; the newest under runs/ when left out.")
-def resume(stage: str | None, out: Path | None) -> None:
+@NPROC
+def resume(stage: str | None, out: Path | None, nproc: int | None) -> None:
     """\b
     Examples:
       ssld resume
@@ -100,7 +107,7 @@ def resume(stage: str | None, out: Path | None) -> None:
 
     Go on exactly where a run stopped, or start again from one of its stages.
     """
-    finish(ssld.resume(out, stage=stage))
+    finish(ssld.resume(out, stage=stage, nproc=nproc))
 
 
 def finish(result: ssld.Overview) -> None:

@@ -164,6 +164,27 @@ class Outcome:
 
 
 @dataclass(frozen=True)
+class Ranks:
+    """How many processes train a stage together, and which of them this one is: alone where nothing is said.
+
+    Each computes its share of every step. Rank 0 leads: it alone evaluates, saves and reports.
+    """
+
+    number: int = 0
+    count: int = 1
+    group: Any = None
+    """paddle's process group; None where there is one rank."""
+
+    def part(self, rows: int) -> slice:
+        """Its share of a batch: consecutive rows; the shares of two ranks differ by at most one row.
+
+        >>> [Ranks(number, 3).part(64) for number in range(3)]
+        [slice(0, 21, None), slice(21, 42, None), slice(42, 64, None)]
+        """
+        return slice(rows * self.number // self.count, rows * (self.number + 1) // self.count)
+
+
+@dataclass(frozen=True)
 class Task(Generic[S]):
     """One stage's work: resolved settings and inputs as values. A stage opens no file of the run itself.
 
@@ -175,7 +196,9 @@ class Task(Generic[S]):
     damage_budget: so many images of `data` may be unreadable.
     resume: where a stopped run of this same stage was, else None.
     save(state): commits a checkpoint; `best` and `kept` in the state's facts say which earlier ones stay.
-    stop(): the number of the signal that asks the run to end, or None; asked after every step.
+    stop(): the number of the signal that asks the run to end, or None; asked in every step.
+    ranks: the processes that run this stage at the same time; each is given the same task, and `save` does nothing on
+    all but rank 0. A kind that does not train by `ssld.train.loop` takes its share of the work itself.
     """
 
     name: str
@@ -194,6 +217,7 @@ class Task(Generic[S]):
     save: Callable[[State], None]
     stop: Callable[[], int | None]
     journal: Journal
+    ranks: Ranks = field(default_factory=Ranks)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ssld.changes import Old, refusal, what_changed
 from ssld.environment import environment
@@ -23,6 +24,9 @@ from ssld.rundir import Options, RunDirectory, Status
 from ssld.signals import Stop
 from ssld.soft import Labelled
 
+if TYPE_CHECKING:
+    from ssld.crew import Crew
+
 
 def run(
     recipe: str | Path | Recipe,
@@ -34,27 +38,32 @@ def run(
     rerun: bool = False,
     trust_teacher: bool = False,
     until: str | int | None = None,
+    nproc: int | None = None,
 ) -> Overview:
     """Do what the recipe says, or go on where an earlier run of it stopped.
 
     out: the run directory, runs/NAME when left out; overrides: "key.path=value"; limit: a smoke run on so many images
-    of each set; until: the number or name of the last stage to do. Raises ChangedError when the directory holds results
-    of another recipe and rerun is not set.
+    of each set; until: the number or name of the last stage to do; nproc: ranks, processes that train together, when
+    left out as many as the run has had, at first one. Raises ChangedError when the directory holds results of another
+    recipe and rerun is not set.
     """
     read = recipe if isinstance(recipe, Recipe) else read_recipe(recipe, overrides)
     directory = RunDirectory.of(read.name, out).path
     plan = make_plan(read, limit=limit)
     last = plan.find(str(until)) if until is not None else None
-    return Runner(directory, plan, Options(device, limit, trust_teacher)).run(rerun=rerun, last=last)
+    had = RunDirectory(directory).recorded()[1].nproc if nproc is None and RunDirectory(directory).exists() else 1
+    return Runner(directory, plan, Options(device, limit, trust_teacher, nproc or had)).run(rerun=rerun, last=last)
 
 
-def resume(out: str | Path | None = None, *, stage: str | int | None = None) -> Overview:
+def resume(out: str | Path | None = None, *, stage: str | int | None = None, nproc: int | None = None) -> Overview:
     """Go on exactly where a run stopped; or, with a stage's number or name, start again from there.
 
-    out: the run directory, the newest under runs/ when left out. Raises RecipeError when there is nothing to resume.
+    out: the run directory, the newest under runs/ when left out; nproc: another number of ranks. Raises RecipeError
+    when there is nothing to resume.
     """
     directory = existing_run(out)
     recipe, options = RunDirectory(directory).recorded()
+    options = replace(options, nproc=nproc or options.nproc)
     plan = make_plan(recipe, limit=options.limit)
     first = plan.find(str(stage)) if stage is not None else None
     return Runner(directory, plan, options).run(first=first)
@@ -205,6 +214,7 @@ class Runner:
         if changed and not rerun:
             raise refusal(self.directory.path, changed, why)
         left = [node for node, status in before if status.kind != "done" or node in again]
+        self._expect_shares(left)
         wanted = self.plan.nodes[: self.plan.nodes.index(last) + 1] if last is not None else self.plan.nodes
         todo = [node for node in left if node in wanted]
         complete = todo == left
@@ -214,6 +224,19 @@ class Runner:
             self._work(todo, Old((*changed, *again), before, reason), journal, complete)
         after = self._statuses(journal)
         return Overview(self.directory.path, tuple(after), fresh=fresh, test=self._test_metrics())
+
+    def _expect_shares(self, nodes: Sequence[Node]) -> None:
+        """Raise RecipeError for more ranks than the batches feed."""
+        count, device = self.options.nproc, self.options.device
+        if count > 1 and device != "cpu":
+            raise RecipeError(f"--nproc {count}: expected --device cpu, got {device}; leave one of the two out")
+        # batch norms need two images
+        small = [node for node in nodes if node.settings.batch_size < 2 * count]
+        if count > 1 and small:
+            raise RecipeError(
+                f"--nproc {count}: expected at least 2 images of each batch for every rank, got a batch_size of "
+                f"{small[0].settings.batch_size} in {small[0].name}; lower --nproc, or raise batch_size"
+            )
 
     def _statuses(self, journal: Journal, again: Sequence[Node] = ()) -> list[tuple[Node, Status]]:
         found = []
@@ -236,6 +259,7 @@ class Runner:
         if not old.nodes:
             self._begin()
         # paddle takes SIGTERM for itself when it is imported, so it comes before our own handlers
+        from ssld.crew import Crew
         from ssld.preflight import preflight
         from ssld.score import score_checkpoint
 
@@ -253,9 +277,11 @@ class Runner:
                 self._begin()
                 old.set_aside(self.directory, journal)
             self._describe(journal)
-            for node in todo:
-                self._run_stage(node, inputs)
-                self.stop.check(f"after {node.name}, which is finished")
+            with Crew(self.directory.path, self.options.nproc, journal.note) as crew:
+                inputs = replace(inputs, ranks=crew.ranks)
+                for node in todo:
+                    self._run_stage(node, inputs, crew)
+                    self.stop.check(f"after {node.name}, which is finished")
             if complete and self._untested() and self.plan.data.test is not None:
                 last = self.plan.nodes[-1]
                 metrics = score_checkpoint(inputs.members.finished(last.name), self.plan.data.test, self.options.device)
@@ -285,10 +311,9 @@ class Runner:
         journal.detail(f"environment: {json.dumps(environment(), sort_keys=True)}")
         journal.record("start", recipe=text, environment=environment())
 
-    def _run_stage(self, node: Node, inputs: Inputs) -> None:
+    def _run_stage(self, node: Node, inputs: Inputs, crew: Crew) -> None:
         journal = inputs.journal
-        status = self.directory.status(node, journal.note)
-        reached = status.checkpoint if status.kind == "resume" else None
+        reached = self.directory.reached(node, journal.note)
         journal.place = f"{node.number} {node.name}"
         settings, position = node.settings, self.plan.nodes.index(node) + 1
         journal.note(
@@ -298,7 +323,10 @@ class Runner:
         )
         for line in differences(reached.state["environment"], environment()) if reached else ():
             journal.note(f"warning: the same weights as in an unbroken run are not promised, since {line}")
+        if node.settings.stored:
+            crew.label(node.name, lambda number, of: inputs.soft.label(node, number, of))
         task = inputs.task(node, reached)
+        crew.train(node.name)
         outcome = node.kind.run(task)
         self.directory.save(node, task, outcome.state, outcome.metrics)
         journal.record("finished", stage=node.name, **outcome.metrics)

@@ -7,7 +7,12 @@ import os
 import platform
 from importlib import metadata
 from pathlib import Path
+from typing import Any, cast
 
+import numpy as np
+
+RANKS = "PADDLE_TRAINERS_NUM"
+"""The variable by which a process knows how many train together, in paddle and here; one where it is not set."""
 PADDLE, PADDLE_GPU = "paddlepaddle", "paddlepaddle-gpu"
 
 
@@ -21,7 +26,7 @@ def installed(package: str) -> str:
 
 
 def numba_version() -> str:
-    """The numba that computes depthwise convolutions in training on a CPU; nothing where paddle does."""
+    """The numba whose kernels compute convolutions in training on a CPU; nothing where paddle's own do."""
     return "" if os.environ.get("SSLD_FAST_CONV") == "0" else installed("numba")
 
 
@@ -33,9 +38,19 @@ def environment() -> dict[str, str]:
         "cpu": cpu_name(),
         "python": platform.python_version(),
         **{package: installed(package) for package in ("ssld", PADDLE, PADDLE_GPU, "numpy", "pillow")},
-        "depthwise": f"numba {numba} with llvmlite {installed('llvmlite')}" if (numba := numba_version()) else "paddle",
+        "convolution": convolution(),
         **{name: os.environ.get(name, "") for name in names},
+        "ranks": os.environ.get(RANKS, "1"),
     }
+
+
+def convolution() -> str:
+    """What computes the convolutions of a training step on a CPU."""
+    if not (numba := numba_version()):
+        return "paddle"
+    config = cast(dict[str, Any], np.show_config(mode="dicts"))
+    blas = config["Build Dependencies"]["blas"]
+    return f"numba {numba} with llvmlite {installed('llvmlite')}, {blas['name']} {blas['version']}"
 
 
 def cpu_name() -> str:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ssld import checkpoint
-from ssld.contracts import Arrays, Model, SoftLabels, Task
+from ssld.contracts import Arrays, Model, Ranks, SoftLabels, Task
 from ssld.errors import ChangedError
 from ssld.graph import Node, Plan, pipeline
 from ssld.journal import Journal
@@ -27,13 +27,20 @@ class Inputs:
     soft: SoftSource
     journal: Journal
     stop: Callable[[], int | None]
+    ranks: Ranks = field(default_factory=Ranks)
 
     @classmethod
     def of(
-        cls, run: RunDirectory, plan: Plan, options: Options, journal: Journal, stop: Callable[[], int | None]
+        cls,
+        run: RunDirectory,
+        plan: Plan,
+        options: Options,
+        journal: Journal,
+        stop: Callable[[], int | None],
+        ranks: Ranks | None = None,
     ) -> Inputs:
         members = Members(run, plan, options, journal.note)
-        return cls(members, SoftSource(members, journal, stop), journal, stop)
+        return cls(members, SoftSource(members, journal, stop), journal, stop, ranks or Ranks())
 
     def task(self, node: Node, reached: checkpoint.Checkpoint | None) -> Task[Any]:
         """Everything as values; reached: the checkpoint at which an earlier run of the stage stopped."""
@@ -59,9 +66,10 @@ class Inputs:
             reference=self.soft.reference(node) if settings.taught_by else None,
             resume=state_of(reached) if reached else None,
             damage_budget=plan.data.damage_budget(settings.data),
-            save=lambda state: self.members.run.save(node, task, state),
+            save=lambda state: self.members.run.save(node, task, state) if self.ranks.number == 0 else None,
             stop=self.stop,
             journal=self.journal,
+            ranks=self.ranks,
         )
         return task
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -53,13 +54,15 @@ def bar(console: Console) -> AbstractContextManager[Progress | None]:
 class Journal:
     """Writes events; everything that is shown on the screen is in train.log as well.
 
-    directory: where train.log and metrics.jsonl are appended to. console: the screen, stderr when left out.
+    directory: where train.log and metrics.jsonl are appended to, None for nowhere. console: the screen, stderr
+    when left out.
     """
 
-    def __init__(self, directory: Path, console: Console | None = None) -> None:
+    def __init__(self, directory: Path | None, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True, highlight=False)
-        self.log: IO[str] = (directory / "train.log").open("a", encoding="utf-8")
-        self.metrics: IO[str] = (directory / "metrics.jsonl").open("a", encoding="utf-8")
+        log, metrics = (directory / name if directory else Path(os.devnull) for name in ("train.log", "metrics.jsonl"))
+        self.log: IO[str] = log.open("a", encoding="utf-8")
+        self.metrics: IO[str] = metrics.open("a", encoding="utf-8")
         self.place = ""
         self.lost = False
 
@@ -88,6 +91,10 @@ class Journal:
         """One line for people."""
         self.detail(text)
         self.console.print(text, markup=False, soft_wrap=True)
+
+    def met(self, text: str) -> None:
+        """A note of what any rank may meet, such as a damaged image."""
+        self.note(text)
 
     def record(self, event: str, **fields: Any) -> None:
         """One line for programs."""

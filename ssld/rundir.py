@@ -39,6 +39,7 @@ class Options:
     device: str = "cpu"
     limit: int | None = None
     trust_teacher: bool = False
+    nproc: int = 1
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,11 @@ class RunDirectory:
         if found.state["finished"]:
             return Status("done", "finished", found)
         return Status("resume", f"stopped after step {found.step} of {node.steps}", found)
+
+    def reached(self, node: Node, report: Callable[[str], None]) -> checkpoint.Checkpoint | None:
+        """The checkpoint from which a stopped stage goes on."""
+        status = self.status(node, report)
+        return status.checkpoint if status.kind == "resume" else None
 
     def save(self, node: Node, task: Task[Any], state: State, metrics: Mapping[str, float] | None = None) -> None:
         """Commit a checkpoint, and tidy the stage's directory. metrics: those of a finished stage."""

@@ -121,5 +121,5 @@ class SoftSource:
         if not shards:
             return 0
         with self.journal.labelling(f"labelling {samples.name} by {member.who}") as progress:
-            work = Work(Damage(budget, self.journal.note), self.stop, progress)
+            work = Work(Damage(budget, self.journal.met), self.stop, progress)
             return label(store, member.teacher, samples, shards, work)

@@ -29,7 +29,7 @@ PRODUCT = ("ssld", *ROOMS, "recipes")
 OWNERS = {
     "click": ("ssld/cli.py",),
     "faiss": ("ssld/retrieval/*",),
-    "numba": ("ssld/train/depthwise.py",),
+    "numba": ("ssld/train/compiling.py",),
     "onnxruntime": ("teachers/onnx.py",),
     "paddle": ("ssld/train/*", "ssld/doctor.py", "students/*"),
     "safetensors": ("ssld/checkpoint.py", "ssld/labels/*"),
@@ -52,6 +52,8 @@ WITH_PADDLE = (
     "ssld.train",
     "ssld.preflight",
     "ssld.preview.probe",
+    "ssld.crew",
+    "ssld.follower",
     "ssld.doctor",
     "ssld.score",
     "ssld.students",

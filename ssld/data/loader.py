@@ -92,6 +92,7 @@ def training_batches(
     pipelines: tuple[Pipeline, ...],
     *,
     batch_size: int,
+    part: slice | None = None,
     seed: int,
     start: int = 0,
     window: int | None = None,
@@ -107,22 +108,25 @@ def training_batches(
     share one array. A damaged image is counted, and the next readable sample of the set, with its own key, label and
     view, takes its slot.
 
+    part: the rows of every batch that are wanted, None for all. What they hold does not depend on it.
     window: shards open at once, None for all; workers: threads, 0 for none; ahead: batches decoded in advance.
     Closing the generator ends its threads. Raises DataError: more damage than the budget, nothing readable, or
     operators that end at another size; ValueError where the pipelines cannot share a view.
     """
     order = Order(samples.shard_sizes, seed, window)
     distinct, slots = _distinct(pipelines)
+    rows = part or slice(batch_size)
     requests = (
         _Request(int(index), replay.seed, (replay.view(int(epoch)),))
         if replay
         else _Request(int(index), seed, (int(epoch),))
         for step in count(start)
-        for index, epoch in zip(*order.batch(step, batch_size), strict=True)
+        for index, epoch in zip(*(column[rows] for column in order.batch(step, batch_size)), strict=True)
     )
     loader = _Loader(samples, distinct, tries=min(damage.budget + 1, len(samples)))
-    loaded = _in_order(loader.load, requests, workers, ahead * batch_size)
-    return _batches(samples, loaded, slots, batch_size, start, damage)
+    wanted = len(range(batch_size)[rows])
+    loaded = _in_order(loader.load, requests, workers, ahead * wanted)
+    return _batches(samples, loaded, slots, wanted, start, damage)
 
 
 def evaluation_batches(

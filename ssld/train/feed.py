@@ -20,7 +20,7 @@ from ssld.errors import DataError
 
 @dataclass(frozen=True)
 class Target:
-    """One batch, ready for the step.
+    """One batch, or this rank's part of it, ready for the step.
 
     images: float32 [B, 3, H, W], normalized for the student; hard: int64 [B]; taught: the soft labels.
     """
@@ -52,6 +52,7 @@ def feed(task: Task[Any], pipeline: Pipeline, start: int, total: int, damage: Da
         task.data,
         (pipeline, *(soft.pipelines(pipeline) if soft else ())),
         batch_size=task.settings.batch_size,
+        part=task.ranks.part(task.settings.batch_size),
         seed=task.seed,
         start=start,
         damage=damage,

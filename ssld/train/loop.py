@@ -21,6 +21,7 @@ from ssld.seeds import derive
 from ssld.settings import TrainingSettings
 from ssld.train import networks
 from ssld.train.evaluation import evaluate
+from ssld.train.exchange import Exchange
 from ssld.train.feed import Target, feed
 from ssld.train.momentum import Momentum
 from ssld.train.schedules import cosine_warmup
@@ -58,8 +59,11 @@ def fit(
     """Train until the last step and return the last state.
 
     objective(logits [B, classes], target) -> [B] losses; prepare sets the mode of the layers before every step;
-    pipeline renders the training images, the task's own when left out. Raises Interrupted after a save when a signal
-    came, DataError when the loss is not finite: the step is not taken, and the last checkpoint stands.
+    pipeline renders the training images, the task's own when left out. Every rank of the task calls this; rank 0 alone
+    evaluates, saves and reports.
+
+    Raises Interrupted after a save when a signal came; DataError when the loss is not finite: the step is not taken,
+    and the last checkpoint stands; RankError when a rank is gone.
     """
     settings = task.settings
     assert isinstance(settings, TrainingSettings)
@@ -68,8 +72,10 @@ def fit(
     optimizer = Momentum(network, settings.momentum, settings.weight_decay, settings.clip_norm)
     if task.resume is not None:
         optimizer.restore(task.resume.optimizer)
+    descend = Descent(task, network, objective, optimizer, Exchange(network, task.ranks))
+    leads = task.ranks.number == 0
     rate = rates(settings, len(task.data), total)
-    damage = Damage(task.damage_budget, task.journal.note)
+    damage = Damage(task.damage_budget, task.journal.met)
     clock = Clock(progress.seconds)
     with (
         task.journal.stage(task.name, total, len(task.data), settings.batch_size, progress.step) as log,
@@ -80,13 +86,13 @@ def fit(
             target = next(targets)
             waited = time.monotonic() - waited
             prepare(network)
-            loss = advance(network, optimizer, objective, target, rate(progress.step), task)
+            loss, stop = descend(target, rate(progress.step))
             progress.step += 1
             log.step(progress.step, loss, rate(progress.step - 1), waited)
-            due = measure_if_due(task, network, progress, total)
+            due = leads and measure_if_due(task, network, progress, total)
             progress.seconds = clock.seconds()
-            stop = task.stop()
-            if progress.step < total and (due or stop or save_is_due(settings, progress.step, clock)):
+            save = due or stop or save_is_due(settings, progress.step, clock)
+            if leads and save and progress.step < total:
                 task.save(snapshot(network, optimizer, progress))
                 clock.saved()
             if stop and progress.step < total:
@@ -99,22 +105,33 @@ def fit(
     return Outcome(snapshot(network, optimizer, progress), progress.metrics)
 
 
-def advance(
-    network: nn.Layer, optimizer: Momentum, objective: Objective, target: Target, rate: float, task: Task[Any]
-) -> float:
-    """One step of gradient descent; returns the mean loss of the batch."""
-    paddle.seed(derive(task.seed, "step", target.step))
-    loss = objective(network(paddle.to_tensor(target.images)), target).mean()
-    value = float(loss)
-    if not np.isfinite(value):
-        raise DataError(
-            f"{task.name}: the loss of step {target.step + 1} is {value}, expected a finite number; the last "
-            f"checkpoint is kept. Lower learning_rate (this step's was {rate:.3g}) or check the teacher. "
-            f"The batch held {', '.join(target.keys[:4])}, …"
-        )
-    loss.backward()
-    optimizer.step(rate)
-    return value
+@dataclass(frozen=True)
+class Descent:
+    """Steps of gradient descent, on all ranks at once."""
+
+    task: Task[Any]
+    network: nn.Layer
+    objective: Objective
+    optimizer: Momentum
+    exchange: Exchange
+
+    def __call__(self, target: Target, rate: float) -> tuple[float, int | None]:
+        """One step; returns the mean loss of the whole batch, and the signal at which to stop. Raises DataError."""
+        task = self.task
+        paddle.seed(derive(task.seed, "step", target.step, task.ranks.number))
+        losses = self.objective(self.network(paddle.to_tensor(target.images)), target)
+        # a rank's share of the mean over the whole batch
+        share = losses.sum() / task.settings.batch_size
+        share.backward()
+        loss, stop = self.exchange(float(share), task.stop())
+        if not np.isfinite(loss):
+            raise DataError(
+                f"{task.name}: the loss of step {target.step + 1} is {loss}, expected a finite number; the last "
+                f"checkpoint is kept. Lower learning_rate (this step's was {rate:.3g}) or check the teacher. "
+                f"The batch held {', '.join(target.keys[:4])}, …"
+            )
+        self.optimizer.step(rate)
+        return loss, stop
 
 
 def measure_if_due(task: Task[Any], network: nn.Layer, progress: Progress, total: int) -> bool:

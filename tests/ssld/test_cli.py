@@ -138,6 +138,7 @@ def test_a_defect_keeps_its_traceback(call, monkeypatch):
                     "until": None,
                     "rerun": False,
                     "trust_teacher": False,
+                    "nproc": None,
                 },
             ),
         ),
@@ -159,6 +160,8 @@ def test_a_defect_keeps_its_traceback(call, monkeypatch):
                 "distill",
                 "--rerun",
                 "--trust-teacher",
+                "--nproc",
+                "4",
             ],
             (
                 ("r", Path("o")),
@@ -169,11 +172,12 @@ def test_a_defect_keeps_its_traceback(call, monkeypatch):
                     "until": "distill",
                     "rerun": True,
                     "trust_teacher": True,
+                    "nproc": 4,
                 },
             ),
         ),
-        (["resume"], ((None,), {"stage": None})),
-        (["resume", "--stage", "2", "--out", "o"], ((Path("o"),), {"stage": "2"})),
+        (["resume"], ((None,), {"stage": None, "nproc": None})),
+        (["resume", "--stage", "2", "--out", "o", "--nproc", "3"], ((Path("o"),), {"stage": "2", "nproc": 3})),
     ],
 )
 def test_words_become_calls(call, monkeypatch, words, expected):

@@ -40,13 +40,13 @@ def test_only_the_classifier_changes_and_the_last_statistics_if_asked(make_task,
 @pytest.mark.usefixtures("unmeasured")
 def test_images_are_those_of_an_evaluation_at_the_higher_resolution(make_task, initial, monkeypatch):
     seen = {}
-    advance = loop.advance
+    descend = loop.Descent.__call__
 
-    def spy(network, optimizer, objective, target, rate, task):
+    def spy(self, target, rate):
         seen.update(zip(target.keys, target.images, strict=True))
-        return advance(network, optimizer, objective, target, rate, task)
+        return descend(self, target, rate)
 
-    monkeypatch.setattr(loop, "advance", spy)
+    monkeypatch.setattr(loop.Descent, "__call__", spy)
     task = make_task("fixres", START, initial=initial)
     stage.run(task)
     assert len(seen) == len(task.data)
