@@ -18,7 +18,7 @@ from paddle.nn import functional as F
 from paddle.regularizer import L2Decay
 
 from ssld.errors import RecipeError
-from ssld.train.depthwise import DepthwiseConv2D
+from ssld.train.convolution import Conv2D
 
 STEM_WIDTH = 16
 FEATURES = 1280
@@ -81,8 +81,7 @@ def make_divisible(channels: float) -> int:
 def _conv_bn(
     width_in: int, width: int, kernel: int, stride: int = 1, groups: int = 1, act: Activation | None = None
 ) -> nn.Sequential:
-    make = DepthwiseConv2D if groups > 1 else nn.Conv2D
-    conv = make(width_in, width, kernel, stride, padding=kernel // 2, groups=groups, bias_attr=False)
+    conv = Conv2D(width_in, width, kernel, stride, padding=kernel // 2, groups=groups, bias_attr=False)
     undecayed = paddle.ParamAttr(regularizer=L2Decay(0.0))
     # not BatchNorm2D: the same numbers, but paddle 3.3.1 warns at every step of training
     bn = nn.BatchNorm(width, momentum=0.9, epsilon=1e-5, param_attr=undecayed, bias_attr=undecayed)
@@ -95,8 +94,8 @@ class SqueezeExcite(nn.Layer):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.avg_pool = nn.AdaptiveAvgPool2D(1)
-        self.conv1 = nn.Conv2D(width, width // 4, 1)
-        self.conv2 = nn.Conv2D(width // 4, width, 1)
+        self.conv1 = Conv2D(width, width // 4, 1)
+        self.conv2 = Conv2D(width // 4, width, 1)
 
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
         gate = self.conv2(F.relu(self.conv1(self.avg_pool(x))))
@@ -155,7 +154,7 @@ class MobileNetV3(nn.Layer):
         self.blocks = _blocks(rows, scale)
         self.last_second_conv = _conv_bn(last, squeezed, 1, act=nn.Hardswish)
         self.avg_pool = nn.AdaptiveAvgPool2D(1)
-        self.last_conv = nn.Conv2D(squeezed, FEATURES, 1, bias_attr=False)
+        self.last_conv = Conv2D(squeezed, FEATURES, 1, bias_attr=False)
         self.hardswish = nn.Hardswish()
         self.dropout = nn.Dropout(dropout, mode="downscale_in_infer")
         self.flatten = nn.Flatten()

@@ -15,13 +15,14 @@ from paddle import nn
 from paddle.nn import functional as F
 
 from ssld.errors import RecipeError
+from ssld.train.convolution import Conv2D
 
 STEM_WIDTH = 64
 STAGE_WIDTHS = (64, 128, 256, 512)
 
 
 def _conv_bn(width_in: int, width: int, kernel: int, stride: int = 1) -> list[tuple[str, nn.Layer]]:
-    conv = nn.Conv2D(width_in, width, kernel, stride, padding=kernel // 2, bias_attr=False)
+    conv = Conv2D(width_in, width, kernel, stride, padding=kernel // 2, bias_attr=False)
     # not BatchNorm2D: the same numbers, but paddle 3.3.1 warns at every step of training
     return [("conv", conv), ("bn", nn.BatchNorm(width, momentum=0.9, epsilon=1e-5))]
 

@@ -14,6 +14,7 @@ from paddle import nn
 from paddle.nn import functional as F
 
 from ssld.errors import RecipeError
+from ssld.train.convolution import Conv2D
 
 GROUPS = 32
 STEM_WIDTH = 64
@@ -22,7 +23,7 @@ DEPTHS = (3, 4, 23, 3)
 
 
 def _conv_bn(width_in: int, width: int, kernel: int, stride: int = 1, groups: int = 1, relu: bool = True) -> nn.Layer:
-    conv = nn.Conv2D(width_in, width, kernel, stride, padding=kernel // 2, groups=groups, bias_attr=False)
+    conv = Conv2D(width_in, width, kernel, stride, padding=kernel // 2, groups=groups, bias_attr=False)
     # not BatchNorm2D: the same numbers, but paddle 3.3.1 warns at every step of training
     bn = nn.BatchNorm(width, momentum=0.9, epsilon=1e-5)
     return nn.Sequential(("_conv", conv), ("_bn", bn), *([("_act", nn.ReLU())] if relu else []))

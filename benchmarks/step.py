@@ -1,10 +1,11 @@
-"""Images per second of a training step on this CPU: paddle's depthwise convolutions, ssld's own, and none at all.
+"""Images per second of a training step on this CPU: paddle's convolutions, ssld's own, and none at all.
 
-    python benchmarks/depthwise.py
+    python benchmarks/step.py
+    python benchmarks/step.py --only ResNet18_vd
 
-A step is what a stage does: forward, loss, backward, update. "none" leaves the depthwise convolutions out (a stride
-becomes a slice), which no convolution can beat. The three take turns, so that whatever else the machine does meets all
-of them; each figure is the median of five turns.
+A step is what a stage does: forward, loss, backward, update. "without depthwise" leaves the depthwise convolutions of
+ssld's step out (a stride becomes a slice), which no kernel for them can beat. All take turns, so that whatever else the
+machine does meets each of them; a figure is the median of five turns, and a ratio the median of five ratios.
 """
 
 import os
@@ -17,8 +18,8 @@ import numpy as np
 import paddle
 from paddle import nn
 
-from ssld.train import networks
-from ssld.train.depthwise import DepthwiseConv2D
+from ssld.train import depthwise, networks
+from ssld.train.convolution import Conv2D
 from ssld.train.losses import hard_ce
 from ssld.train.momentum import Momentum
 
@@ -26,6 +27,8 @@ CASES = (
     ("MobileNetV3_small_x1_0", {}, 64, 64),
     ("MobileNetV3_large_x1_0", {}, 224, 16),
     ("MobileNetV3_small_x0_35", {"stem_stride": 1}, 32, 64),
+    ("ResNet18_vd", {}, 32, 16),
+    ("ResNet50_vd", {}, 64, 16),
 )
 TURNS, SECONDS = 5, 2.0
 
@@ -45,7 +48,7 @@ def hollow(network: nn.Layer) -> nn.Layer:
     """The network without its depthwise convolutions."""
     for layer in network.sublayers(include_self=True):
         for name, child in list(layer.named_children()):
-            if isinstance(child, DepthwiseConv2D):
+            if isinstance(child, Conv2D) and child.kernels() is depthwise:
                 setattr(layer, name, Sliced(child._stride[0]))
     return network
 
@@ -75,23 +78,25 @@ def rate(step: Callable[[], None], batch: int) -> float:
 
 
 @click.command()
-def main() -> None:
+@click.option("--only", "names", multiple=True, help="Measure this network alone; may be given several times.")
+def main(names: tuple[str, ...]) -> None:
     """Print one line for each network."""
-    click.echo(f"{'network':24} {'px':>4} {'batch':>5} {'paddle':>8} {'ssld':>8} {'none':>8}  faster  of the ceiling")
+    networks.use_device("cpu")
+    click.echo(f"{'network':24} {'px':>4} {'batch':>5} {'paddle':>8} {'ssld':>8}  faster  without depthwise")
     for name, options, size, batch in CASES:
-        build = [networks.build(name, options, 100) for _ in range(3)]
-        steps = [
-            stepper(network, size, batch, fast)
-            for network, fast in zip((*build[:2], hollow(build[2])), (False, True, True), strict=True)
-        ]
-        for step in steps:
+        if names and name not in names:
+            continue
+        kinds = {"paddle": networks.build(name, options, 100), "ssld": networks.build(name, options, 100)}
+        if "MobileNet" in name:
+            kinds["none"] = hollow(networks.build(name, options, 100))
+        steps = {kind: stepper(network, size, batch, kind != "paddle") for kind, network in kinds.items()}
+        for step in steps.values():
             step()
-        turns = [[rate(step, batch) for step in steps] for _ in range(TURNS)]
-        paddles, ours, none = (statistics.median(column) for column in zip(*turns, strict=True))
-        click.echo(
-            f"{name:24} {size:4} {batch:5} {paddles:8.1f} {ours:8.1f} {none:8.1f} {ours / paddles:6.2f}x"
-            f" {ours / none:14.2f}"
-        )
+        turns = [{kind: rate(step, batch) for kind, step in steps.items()} for _ in range(TURNS)]
+        found = {kind: statistics.median(turn[kind] for turn in turns) for kind in steps}
+        faster = statistics.median(turn["ssld"] / turn["paddle"] for turn in turns)
+        none = f"{found['none']:17.1f}" if "none" in found else ""
+        click.echo(f"{name:24} {size:4} {batch:5} {found['paddle']:8.1f} {found['ssld']:8.1f} {faster:6.2f}x  {none}")
 
 
 if __name__ == "__main__":
