@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from importlib import metadata
 
 from ssld import plugins
+from ssld import threads as shared
+from ssld.environment import RANKS
 from ssld.errors import SsldError
 from ssld.train import networks, selfcheck
 
@@ -64,7 +66,8 @@ def on_device(device: str) -> str:
 
 
 def threads(device: str) -> str:
-    return f"{os.cpu_count()} cores, OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'not set')}"
+    found = f"{shared.cores()} of {os.cpu_count()} cores, for {os.environ.get(RANKS, '1')} ranks"
+    return f"{found}: a training step takes {shared.of_step()}, a frozen network {shared.share()}"
 
 
 def installed(device: str) -> str:

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import paddle
 from paddle import nn
+from paddle.base import core
 
-from ssld import plugins
+from ssld import plugins, threads
 from ssld.checkpoint import fit_weights
 from ssld.contracts import Arrays, Model, Task
 from ssld.errors import PluginError, RecipeError
@@ -35,7 +36,10 @@ def build(name: str, options: Mapping[str, Any], classes: int, seed: int = 0) ->
 
 
 def use_device(device: str) -> str:
-    """Let paddle compute there; returns paddle's name for it. Raises RecipeError where this paddle cannot."""
+    """Let paddle compute there, a step in its own number of threads; returns paddle's name for the device.
+
+    Raises RecipeError where this paddle cannot.
+    """
     if device == "gpu" and not paddle.device.is_compiled_with_cuda():
         raise RecipeError(
             "--device gpu: expected a paddle built with CUDA, got the CPU build; install paddlepaddle-gpu, or leave "
@@ -45,6 +49,8 @@ def use_device(device: str) -> str:
         # the same bits from run to run
         paddle.set_flags({"FLAGS_cudnn_deterministic": True})
     paddle.device.set_device(device)
+    core.set_num_threads(threads.of_step())
+    threads.one()
     return str(paddle.device.get_device())
 
 
