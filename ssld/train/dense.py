@@ -10,6 +10,7 @@ threads nor on the run.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -165,22 +166,29 @@ def convolve(
     else:
         for some, rows, columns in laid_out(images, kernel, out):
             gather(images[some], stride, met.top - rows.start * stride, met.left, columns)
-            product = np.matmul(factor, columns.reshape(groups, factor.shape[2], -1))
-            target = out[some, :, rows].transpose(1, 0, 2, 3)
-            target[:] = product.reshape(target.shape)
+            write(factor, columns.reshape(groups, factor.shape[2], -1), out[some, :, rows])
     if bias.any():
         out += bias[:, None, None]
 
 
 def laid_out(images: np.ndarray, kernel: np.ndarray, out: np.ndarray) -> Iterator[tuple[slice, slice, np.ndarray]]:
     """Images and rows of out, block by block, with room for their columns, which is the same memory each time."""
-    size = images.shape[1] * kernel.shape[2] * kernel.shape[3]
+    places = images.shape[1], *kernel.shape[2:]
     room = np.empty(0, np.float32)
-    for some, rows in blocks(out.shape, BLOCK // size):
-        shape = some.stop - some.start, rows.stop - rows.start, out.shape[3]
+    for some, rows in blocks(out.shape, BLOCK // math.prod(places)):
+        shape = (*places, some.stop - some.start, rows.stop - rows.start, out.shape[3])
         # the first block is the largest
-        room = room if room.size else np.empty(size * np.prod(shape), np.float32)
-        yield some, rows, room[: size * np.prod(shape)].reshape(images.shape[1], *kernel.shape[2:], *shape)
+        room = room if room.size else np.empty(math.prod(shape), np.float32)
+        yield some, rows, room[: math.prod(shape)].reshape(shape)
+
+
+def write(left: np.ndarray, right: np.ndarray, images: np.ndarray) -> None:
+    """The product of left and right, a matrix for each group, as images."""
+    if len(images) == 1:
+        np.matmul(left, right, out=matrix(images, len(left)))
+    else:
+        turned = images.transpose(1, 0, 2, 3)
+        turned[:] = np.matmul(left, right).reshape(turned.shape)
 
 
 def differentiate(
@@ -199,7 +207,8 @@ def differentiate(
     kernel = weight[:, :, met.rows, met.columns]
     factor = flat(kernel, groups)
     turned = factor.transpose(0, 2, 1)
-    sums = Sums(factor.shape)
+    whole = kernel.shape == weight.shape
+    sums = Sums(to_weight.reshape(factor.shape) if whole and to_weight.size else np.empty(factor.shape, np.float32))
     if pointwise(images, kernel, gradient, stride, met):
         if to_images.size:
             np.matmul(turned, matrices(gradient, groups), out=matrices(to_images, groups))
@@ -217,7 +226,7 @@ def differentiate(
             if to_images.size:
                 np.matmul(turned, coming, out=factors)
                 scatter(columns, stride, begin, met.left, to_images[some])
-    if to_weight.size:
+    if to_weight.size and not whole:
         to_weight[:] = 0
         to_weight[:, :, met.rows, met.columns] = sums.total.reshape(kernel.shape)
 
@@ -225,12 +234,13 @@ def differentiate(
 class Sums:
     """A sum of products of matrices."""
 
-    def __init__(self, shape: tuple[int, ...]) -> None:
-        self.total, self.spare, self.begun = np.empty(shape, np.float32), np.empty(shape, np.float32), False
+    def __init__(self, total: np.ndarray) -> None:
+        self.total, self.begun = total, False
 
     def add(self, left: np.ndarray, right: np.ndarray) -> None:
         """Add the product of left [groups, rows, n] and right [groups, columns, n], over n."""
-        np.matmul(left, right.transpose(0, 2, 1), out=self.spare if self.begun else self.total)
         if self.begun:
-            self.total += self.spare
+            self.total += np.matmul(left, right.transpose(0, 2, 1))
+        else:
+            np.matmul(left, right.transpose(0, 2, 1), out=self.total)
         self.begun = True
