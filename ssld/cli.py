@@ -142,13 +142,15 @@ def plan(
     remark(overview)
     show(*overview.forecast())
     if measure:
-        from ssld.preview.costs import table
+        from ssld.preview.costs import advice, table
         from ssld.preview.probe import measure as probe
 
         click.echo("measuring, for at most a minute", err=True)
         costs = probe(recipe, out, overrides=overrides, device=device, limit=limit)
         click.echo()
         show(*table(costs))
+        if words := advice(costs):
+            click.echo(f"\n{words}")
 
 
 @main.command(short_help="Say how good the teachers are, before anything is spent.")

@@ -42,12 +42,12 @@ class Member:
     def listen(self, note: Callable[[str], None]) -> None:
         """Take in what it says until it ends; what is meant for people goes on at once."""
         assert self.process.stdout is not None, "made with a pipe"
-        for line in self.process.stdout:
-            message = json.loads(line)
-            if "note" in message:
-                note(f"{message['note']} (rank {self.number})")
-            else:
-                self.said.put(message)
+        with self.process.stdout as lines:
+            for message in map(json.loads, lines):
+                if "note" in message:
+                    note(f"{message['note']} (rank {self.number})")
+                else:
+                    self.said.put(message)
         self.said.put({"ended": self.process.wait()})
 
     def tell(self, **message: Any) -> None:
@@ -94,6 +94,7 @@ class Crew:
     def __init__(self, directory: Path, count: int, note: Callable[[str], None]) -> None:
         self.directory, self.count, self.note = directory, count, note
         self.members: list[Member] = []
+        self.listeners: list[threading.Thread] = []
         self.ranks = Ranks()
         self.before = os.environ.get(RANKS)
 
@@ -124,6 +125,11 @@ class Crew:
         for member in self.members:
             member.tell(train=stage)
 
+    def attempt(self, stage: str, batch: int) -> None:
+        """Let the others train a stage on trial, with such batches, until rank 0 stops."""
+        for member in self.members:
+            member.tell(attempt=stage, batch=batch)
+
     def label(self, stage: str, own: Callable[[int, int], object]) -> None:
         """Make a stage's soft labels together; own(number from 1, of how many) makes rank 0's part."""
         for member in self.members:
@@ -139,7 +145,9 @@ class Crew:
         quiet = {**os.environ, "GLOG_minloglevel": "2"}
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=quiet)
         member = Member(number, process)
-        threading.Thread(target=member.listen, args=(self.note,), daemon=True).start()
+        listener = threading.Thread(target=member.listen, args=(self.note,), daemon=True)
+        self.listeners.append(listener)
+        listener.start()
         return member
 
     def _blame(self, error: RankError) -> None:
@@ -162,7 +170,8 @@ class Crew:
                 member.process.wait(PARTING)
             except subprocess.TimeoutExpired:
                 member.process.kill()
-                member.process.wait()
+        for listener in self.listeners:
+            listener.join()
         if self.count > 1:
             os.environ.pop(RANKS, None)
             if self.before is not None:

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 from queue import Queue
 from typing import IO, Any
@@ -18,6 +19,7 @@ from ssld.errors import Interrupted, RankError, SsldError
 from ssld.graph import make_plan
 from ssld.inputs import Inputs
 from ssld.journal import Journal
+from ssld.preview.trial import endless, trial
 from ssld.rundir import RunDirectory
 from ssld.train.networks import use_device
 from ssld.train.ranks import join
@@ -71,6 +73,10 @@ def follow(directory: Path, number: int, count: int, name: int, port: int, line:
         if "label" in wanted:
             inputs.soft.label(plan.node(wanted["label"]), number + 1, count)
             line.say(labelled=True)
+        elif "attempt" in wanted:
+            node = plan.node(wanted["attempt"])
+            with suppress(Interrupted):
+                node.kind.run(endless(trial(plan, node, options.device, journal, ranks), wanted["batch"]))
         else:
             node = plan.node(wanted["train"])
             node.kind.run(inputs.task(node, run.reached(node, journal.note)))

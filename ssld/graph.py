@@ -12,7 +12,7 @@ from typing import Any
 
 from ssld import plugins
 from ssld.checkpoint import FORMAT
-from ssld.contracts import StageKind
+from ssld.contracts import Model, StageKind
 from ssld.data.transforms import Pipeline
 from ssld.datasets import Datasets, open_datasets
 from ssld.errors import RecipeError
@@ -200,6 +200,12 @@ def pipeline(recipe: Recipe, part: str, resolution: int) -> Pipeline:
     except ValueError as error:
         raise RecipeError(f"{recipe.place(('images', part))}: {error}") from error
     return made
+
+
+def model(plan: Plan, node: Node) -> Model:
+    """What a stage trains, at the stage's resolution."""
+    student, shown = node.settings.student, pipeline(plan.recipe, "eval", node.settings.resolution)
+    return Model(student.name, student.options, plan.data.classes, shown)
 
 
 def without_paths(settings: TrainingSettings) -> dict[str, Any]:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ssld import checkpoint
-from ssld.contracts import Arrays, Model, Ranks, SoftLabels, Task
+from ssld.contracts import Arrays, Ranks, SoftLabels, Task
 from ssld.errors import ChangedError
-from ssld.graph import Node, Plan, pipeline
+from ssld.graph import Node, Plan, model, pipeline
 from ssld.journal import Journal
 from ssld.members import Members
 from ssld.rundir import Options, RunDirectory, state_of
@@ -46,15 +46,9 @@ class Inputs:
         """Everything as values; reached: the checkpoint at which an earlier run of the stage stopped."""
         settings, plan = node.settings, self.members.plan
         self.soft.check(node)
-        model = Model(
-            settings.student.name,
-            settings.student.options,
-            plan.data.classes,
-            pipeline(plan.recipe, "eval", settings.resolution),
-        )
         task: Task[Any] = Task(
             name=node.name,
-            model=model,
+            model=model(plan, node),
             settings=settings,
             seed=derive(plan.recipe.seed, node.name),
             device=self.members.options.device,

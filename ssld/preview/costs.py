@@ -11,6 +11,9 @@ from ssld.journal import duration
 from ssld.overview import Table
 from ssld.wording import size
 
+WORTH = 1.1
+"""So many times as fast is worth ranks, whose batch norms see a part of each batch."""
+
 
 @dataclass(frozen=True)
 class TeacherSpeed:
@@ -26,7 +29,7 @@ class Speeds:
 
     decode: images per second that the loader reads and renders for the student; step: images per second of training
     with soft labels that are there already; batch: at which that was; evaluation: images per second; start: seconds
-    before the first of them.
+    before the first of them; shared: images per second of the same training on so many ranks.
     """
 
     decode: float
@@ -35,6 +38,8 @@ class Speeds:
     evaluation: float
     start: float
     teachers: tuple[TeacherSpeed, ...] = ()
+    ranks: int = 1
+    shared: float = 0.0
 
     @property
     def training(self) -> float:
@@ -134,6 +139,19 @@ def table(costs: Sequence[Cost]) -> Table:
     return (*header, "the store pays off after"), [*map(_row, costs), total]
 
 
+def advice(costs: Sequence[Cost]) -> str:
+    """What more ranks would do to the training of the stages on which they were tried; nothing where none was."""
+    tried = [(cost, cost.speeds) for cost in costs if cost.speeds and cost.speeds.shared]
+    if not tried:
+        return ""
+    images = [(cost.steps * cost.node.settings.batch_size, speeds) for cost, speeds in tried]
+    alone = sum(count / speeds.step for count, speeds in images)
+    together = sum(count / speeds.shared for count, speeds in images)
+    ranks = tried[0][1].ranks
+    what = f"--nproc {ranks} would take {_time(together)} for the steps that take {_time(alone)} on one rank"
+    return f"{what}: worth it" if together < alone / WORTH else f"{what}: stay with one"
+
+
 def _row(cost: Cost) -> tuple[str, ...]:
     name, speeds = f"{cost.node.number} {cost.node.name}", cost.speeds
     if speeds is None:
@@ -144,7 +162,7 @@ def _row(cost: Cost) -> tuple[str, ...]:
         name,
         f"{_rate(speeds.decode)} img/s",
         ", ".join(f"{_rate(teacher.forward)} views/s" for teacher in speeds.teachers),
-        f"{_rate(speeds.step)} img/s{smaller}",
+        f"{_rate(speeds.step)} img/s{smaller}" + _on_ranks(speeds),
         f"{_rate(speeds.evaluation)} img/s, {cost.evaluation:.1f} s each",
         _time(cost.labelling) if cost.labels else "",
         _time(cost.training),
@@ -152,6 +170,10 @@ def _row(cost: Cost) -> tuple[str, ...]:
         f"{size(cost.free)} at {cost.store}" if cost.store else "",
         _pays_off(cost),
     )
+
+
+def _on_ranks(speeds: Speeds) -> str:
+    return f", {_rate(speeds.shared)} on {speeds.ranks} ranks" if speeds.shared else ""
 
 
 def _pays_off(cost: Cost) -> str:

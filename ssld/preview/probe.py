@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import io
 import shutil
-import signal
 import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from itertools import cycle, repeat
 from pathlib import Path
@@ -17,37 +16,35 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from ssld import plugins
-from ssld.contracts import Model, Soft, Task
+from ssld import plugins, threads
+from ssld.contracts import Ranks, Task
+from ssld.crew import Crew
 from ssld.data.loader import Batch, Damage, Replay, training_batches, view_batches
-from ssld.data.samples import Samples
-from ssld.data.transforms import Pipeline, normalize
+from ssld.data.transforms import normalize
 from ssld.engine import overview
-from ssld.errors import Interrupted, PluginError
-from ssld.graph import Node, make_plan, pipeline
+from ssld.graph import Node, make_plan, model, pipeline
 from ssld.journal import Journal
 from ssld.members import Members, who
 from ssld.overview import Overview
 from ssld.preview.costs import Cost, LabelWork, Speeds, TeacherSpeed
-from ssld.recipe import read_recipe
+from ssld.preview.trial import SMALLEST, endless, fitting, paced_steps, step_speed, trial
+from ssld.recipe import dump, read_recipe
 from ssld.rundir import Options, RunDirectory
-from ssld.settings import Stored, TeacherSetting
+from ssld.settings import TeacherSetting
 from ssld.teaching.asking import Member, ask
 from ssld.train import networks
 from ssld.train.frozen import COMPARED, Frozen
 
-SECONDS = 50.0
-"""Of all measurements; what is begun is finished, and paddle loads first, within a minute together."""
+SECONDS = 38.0
+"""Of all measurements on one rank; what is begun is finished, and paddle loads first."""
+ON_RANKS = 12.0
+"""Seconds in which ranks start and are measured; with all that, within a minute together."""
 LONGEST = 3.0
 """Seconds of one measurement: more would make it little better."""
 BATCH = 64
 """Images that a network which only answers is shown at a time, as in labelling and evaluation."""
 READ = 16
 """Images in a batch where only reading is measured."""
-SMALLEST = 2
-"""The smallest batch that batch norms can be trained on."""
-MANY = 10**6
-"""Epochs of a training that is stopped long before one is over."""
 
 
 def measure(
@@ -66,13 +63,12 @@ def measure(
     plan = make_plan(read, limit=limit)
     found = overview(RunDirectory.of(read.name, out).path, plan)
     networks.use_device(device)
-    with tempfile.TemporaryDirectory(prefix="ssld-") as scratch:
-        journal = Journal(Path(scratch), Console(file=io.StringIO()))
-        try:
-            members = Members(RunDirectory(found.directory), plan, Options(device, limit), lambda _: None)
-            return Probe(members, found, journal).costs()
-        finally:
-            journal.close()
+    journal = Journal(None, Console(file=io.StringIO()))
+    try:
+        members = Members(RunDirectory(found.directory), plan, Options(device, limit), journal.note)
+        return Probe(members, found, journal).costs()
+    finally:
+        journal.close()
 
 
 def pace(counts: Iterator[int], seconds: float) -> float:
@@ -98,15 +94,6 @@ def paced(batches: Generator[Batch, None, None], work: Callable[[Batch], object]
         return pace(counts(), seconds)
 
 
-def fitting(seconds: float, one: float, most: int) -> int:
-    """The largest batch of which three fit into these seconds, when one image takes `one`.
-
-    >>> fitting(6.0, 0.5, 64), fitting(6.0, 0.001, 64)
-    (4, 64)
-    """
-    return max(1, min(most, int(seconds / (3 * max(one, 1e-9)))))
-
-
 def batch_for(answer: Callable[[int], object], seconds: float) -> int:
     """At how many images a time to measure a network, loaded already, that answers about `answer(n)` of them."""
     began = time.monotonic()
@@ -114,78 +101,17 @@ def batch_for(answer: Callable[[int], object], seconds: float) -> int:
     return fitting(seconds, time.monotonic() - began, BATCH)
 
 
-def step_speed(run: Callable[[Task[Any]], object], task: Task[Any], seconds: float) -> tuple[float, int]:
-    """Images per second of a stage's training, and the batch at which they were so many.
-
-    run: the work of the stage's kind. A first try with the smallest batch tells how large a batch the time allows.
-    """
-    wanted = task.settings.batch_size
-    one = 1 / _steps(run, _endless(task, SMALLEST), 0.0)
-    batch = max(SMALLEST, fitting(seconds, one, wanted))
-    return _steps(run, _endless(task, batch), seconds), batch
-
-
-def _endless(task: Task[Any], batch: int) -> Task[Any]:
-    """The same with that batch size, and neither an evaluation nor a checkpoint within reach."""
-    far = {"epochs": MANY, "warmup_epochs": float(MANY), "eval_interval": MANY, "save_interval": 0, "save_steps": None}
-    return replace(task, settings=task.settings.model_copy(update={**far, "batch_size": batch}))
-
-
-def _steps(run: Callable[[Task[Any]], object], task: Task[Any], seconds: float) -> float:
-    """Images per second from the end of the first step on, for so many seconds, but one more step at least."""
-    ends: list[float] = []
-
-    def stop() -> int | None:
-        ends.append(time.monotonic())
-        return signal.SIGTERM if len(ends) > 1 and ends[-1] - ends[0] >= seconds else None
-
-    with suppress(Interrupted):
-        run(replace(task, stop=stop))
-    if len(ends) < 2:
-        raise PluginError(
-            f"{task.name}: expected a stage of kind {task.settings.kind} to ask stop() after every step, got "
-            f"{len(ends)} calls; leave --measure out"
-        )
-    return task.settings.batch_size * (len(ends) - 1) / (ends[-1] - ends[0])
-
-
-@dataclass(frozen=True)
-class Blank:
-    """Soft labels as of a store, that say nothing; so that a stage can be timed without its teacher."""
-
-    classes: int
-    stored: Stored | None
-    fingerprint: str = ""
-    files: str = ""
-
-    @property
-    def replay(self) -> Replay | None:
-        return Replay(self.stored.seed, self.stored.views) if self.stored else None
-
-    def pipelines(self, student: Pipeline) -> tuple[Pipeline, ...]:
-        """None: nobody but the student sees an image."""
-        return ()
-
-    def of(self, batch: Batch) -> Soft:
-        """Labels of the form that the stage will get."""
-        kept = self.classes if self.stored is None else self.stored.top_k
-        temperature = 1.0 if self.stored is None else self.stored.temperature
-        if kept >= self.classes:
-            return Soft(None, np.zeros((len(batch.indices), self.classes), np.float32), temperature)
-        ids = np.tile(np.arange(kept), (len(batch.indices), 1))
-        return Soft(ids, np.zeros((len(batch.indices), kept + 1), np.float32), temperature)
-
-
 @dataclass
 class Budget:
     """The time of a probe, in even shares for the measurements that are left."""
 
     measurements: int
+    seconds: float
     began: float = field(default_factory=time.monotonic)
 
     @property
     def left(self) -> float:
-        return SECONDS - (time.monotonic() - self.began)
+        return self.seconds - (time.monotonic() - self.began)
 
     def share(self) -> float:
         """Seconds for the next measurement."""
@@ -201,7 +127,7 @@ class Probe:
         self.members, self.plan, self.journal, self.forecasts = members, members.plan, journal, found.labels
         self.todo = [(node, status) for node, status in found.stages if status.kind != "done"]
         self.waiting = {node.name for node, _ in self.todo}
-        self.budget = Budget(sum(3 + 2 * len(node.settings.taught_by) for node, _ in self.todo))
+        self.budget = Budget(sum(3 + 2 * len(node.settings.taught_by) for node, _ in self.todo), SECONDS)
         self.fresh: dict[str, Member] = {}
         self.measured: dict[tuple[Any, ...], TeacherSpeed] = {}
         self.counted: set[tuple[Any, ...]] = set()
@@ -219,11 +145,32 @@ class Probe:
                 store = self.members.run.labels(node)
                 cost = replace(cost, store=store, free=free_bytes(store))
             costs.append(replace(cost, labels=self._label_work(node)))
-        return costs
+        return self._on_ranks(costs)
+
+    def _on_ranks(self, costs: list[Cost]) -> list[Cost]:
+        """The same, with how fast the training is on as many ranks as there are cores."""
+        count = threads.cores()
+        able = [cost for cost in costs if cost.speeds and cost.speeds.batch >= SMALLEST * count]
+        if count == 1 or self.members.options.device != "cpu" or not able:
+            return costs
+        self.budget = Budget(len(able), ON_RANKS)
+        with tempfile.TemporaryDirectory(prefix="ssld-") as scratch:
+            run = RunDirectory(Path(scratch))
+            run.begin(dump(self.plan.recipe), replace(self.members.options, nproc=count))
+            with Crew(run.path, count, self.journal.note) as crew:
+                return [self._shared(cost, crew) if cost in able else cost for cost in costs]
+
+    def _shared(self, cost: Cost, crew: Crew) -> Cost:
+        node, speeds = cost.node, cost.speeds
+        assert speeds is not None, "measured on one rank"
+        crew.attempt(node.name, speeds.batch)
+        task = endless(self._trial(node, crew.ranks), speeds.batch)
+        speed = paced_steps(node.kind.run, task, self.budget.share())
+        return replace(cost, speeds=replace(speeds, shared=speed, ranks=crew.count))
 
     def _speeds(self, node: Node) -> Speeds:
         decode = self._decode(node, self.budget.share())
-        step, batch = step_speed(node.kind.run, self._task(node), self.budget.share())
+        step, batch = step_speed(node.kind.run, self._trial(node, Ranks()), self.budget.share())
         evaluation, start = self._evaluation(node, self.budget.share())
         teachers = tuple(self._teacher(node, setting) for setting in node.settings.taught_by)
         return Speeds(decode, step, batch, evaluation, start, teachers)
@@ -231,14 +178,13 @@ class Probe:
     def _decode(self, node: Node, seconds: float) -> float:
         """Images per second."""
         train = pipeline(self.plan.recipe, "train", node.settings.resolution)
-        batches = training_batches(
-            self._samples(node), (train,), batch_size=READ, seed=0, damage=Damage(self._budget(node))
-        )
+        samples, damage = self.plan.data.named(node.settings.data), self._damage(node)
+        batches = training_batches(samples, (train,), batch_size=READ, seed=0, damage=damage)
         return paced(batches, lambda batch: None, seconds)
 
     def _evaluation(self, node: Node, seconds: float) -> tuple[float, float]:
         """Images per second, and seconds before the first of them."""
-        samples, shown = self.plan.data.validation, self._model(node).pipeline
+        samples, shown = self.plan.data.validation, model(self.plan, node).pipeline
         blank = np.zeros((COMPARED, 3, shown.resolution, shown.resolution), np.float32)
         began = time.monotonic()
         frozen = Frozen(self._network(node), shown.resolution, device=self.members.options.device)
@@ -258,7 +204,8 @@ class Probe:
         """Measured once for all stages that show the same images to it."""
         member = self._member(setting)
         seconds = self.budget.share(), self.budget.share()
-        replay = self._blank(node).replay or Replay(0, 1)
+        stored = node.settings.stored
+        replay = Replay(stored.seed, stored.views) if stored else Replay(0, 1)
         key = (repr(setting), member.teacher.spec.size, node.settings.data, replay)
         if key not in self.measured:
             batch, forward = self._forward(member, seconds[0])
@@ -282,7 +229,7 @@ class Probe:
 
     def _labelling(self, node: Node, member: Member, replay: Replay, batch: int, seconds: float) -> float:
         """Views per second, reading and rendering included."""
-        samples, classes = self._samples(node), len(self.plan.data.classes)
+        samples, classes = self.plan.data.named(node.settings.data), len(self.plan.data.classes)
         shown = pipeline(self.plan.recipe, "train", node.settings.resolution).at(member.teacher.spec.size)
         batches = view_batches(
             samples,
@@ -290,7 +237,7 @@ class Probe:
             replay,
             batch_size=batch,
             indices=cycle(range(len(samples))),
-            damage=Damage(self._budget(node)),
+            damage=self._damage(node),
         )
         return paced(
             batches, lambda views: ask(member.teacher, views.images[0], classes, member.who, views.keys), seconds
@@ -308,7 +255,7 @@ class Probe:
     def _fresh(self, setting: TeacherSetting) -> Member:
         first = self.plan.node(str(setting.stage))
         supplied = {
-            "model": self._model(first),
+            "model": model(self.plan, first),
             "weights": networks.arrays(self._network(first)),
             "device": self.members.options.device,
             "precision": setting.precision,
@@ -338,45 +285,15 @@ class Probe:
                 missing += int(samples.shard_sizes[store.missing(samples)].sum())
         return missing
 
-    def _task(self, node: Node) -> Task[Any]:
-        """The stage with fresh weights, and labels that are there at once."""
-        return Task(
-            name=node.name,
-            model=self._model(node),
-            settings=node.settings,
-            seed=0,
-            device=self.members.options.device,
-            data=self._samples(node),
-            validation=self.plan.data.validation,
-            train=pipeline(self.plan.recipe, "train", node.settings.resolution),
-            initial=None,
-            soft=self._blank(node) if node.settings.taught_by else None,
-            reference=None,
-            resume=None,
-            damage_budget=self._budget(node),
-            save=lambda state: None,
-            stop=lambda: None,
-            journal=self.journal,
-        )
+    def _trial(self, node: Node, ranks: Ranks) -> Task[Any]:
+        return trial(self.plan, node, self.members.options.device, self.journal, ranks)
 
-    def _model(self, node: Node) -> Model:
-        student, classes = node.settings.student, self.plan.data.classes
-        return Model(
-            student.name, student.options, classes, pipeline(self.plan.recipe, "eval", node.settings.resolution)
-        )
+    def _damage(self, node: Node) -> Damage:
+        return Damage(self.plan.data.damage_budget(node.settings.data))
 
     def _network(self, node: Node) -> Any:
         student = node.settings.student
         return networks.build(student.name, student.options, len(self.plan.data.classes))
-
-    def _blank(self, node: Node) -> Blank:
-        return Blank(len(self.plan.data.classes), node.settings.stored)
-
-    def _samples(self, node: Node) -> Samples:
-        return self.plan.data.named(node.settings.data)
-
-    def _budget(self, node: Node) -> int:
-        return self.plan.data.damage_budget(node.settings.data)
 
 
 def free_bytes(place: Path) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import time
 from dataclasses import replace
@@ -15,15 +16,16 @@ import pytest
 from click.testing import CliRunner
 
 import ssld
-from ssld import plugins
+from ssld import plugins, threads
 from ssld.cli import main
 from ssld.contracts import TeacherSpec
 from ssld.engine import make_plan
 from ssld.errors import Interrupted, PluginError
-from ssld.preview import probe
-from ssld.preview.costs import Cost, LabelWork, Speeds, TeacherSpeed, table
+from ssld.preview import probe, trial
+from ssld.preview.costs import Cost, LabelWork, Speeds, TeacherSpeed, advice, table
 from ssld.preview.forecast import HEADER_BYTES
-from ssld.preview.probe import Blank, batch_for, fitting, free_bytes, measure, pace, step_speed
+from ssld.preview.probe import batch_for, free_bytes, measure, pace
+from ssld.preview.trial import Blank, fitting, step_speed
 from ssld.recipe import read_recipe
 from ssld.settings import Stored
 from ssld.stages.pretrain import stage
@@ -65,6 +67,8 @@ def place(tmp_path, monkeypatch):
     """A directory with a recipe of two stages."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    # more are tried in a test of its own: to start ranks takes seconds
+    monkeypatch.setattr(threads, "cores", lambda: 1)
     # JSON is YAML
     Path("tiny.yaml").write_text(json.dumps(RECIPE))
     return tmp_path
@@ -243,7 +247,7 @@ def test_neither_evaluation_nor_checkpoint_is_part_of_a_step(make_task, monkeypa
         raise AssertionError("evaluated")
 
     monkeypatch.setattr(loop, "evaluate", forbidden)
-    monkeypatch.setattr(probe, "fitting", lambda seconds, one, most: most)
+    monkeypatch.setattr(trial, "fitting", lambda seconds, one, most: most)
     saved = []
     task = make_task(settings={"save_interval": 1, "save_steps": 2}, save=saved.append)
     speed, batch = step_speed(stage.run, task, 0.2)
@@ -286,6 +290,30 @@ def test_the_command_shows_a_second_table_and_makes_no_run(place, monkeypatch):
 def test_without_measure_nothing_is_measured(place, monkeypatch):
     monkeypatch.setattr(probe, "measure", None)
     assert CliRunner().invoke(main, ["plan", "tiny.yaml"]).exit_code == 0
+
+
+def test_more_ranks_are_tried_and_judged_where_there_are_cores_for_them(place, monkeypatch):
+    monkeypatch.setattr(threads, "cores", lambda: 2)
+    before = files(place)
+    found = CliRunner().invoke(main, ["plan", "tiny.yaml", "--measure"])
+    assert found.exit_code == 0
+    assert files(place) == before
+    _, costs, advice = found.stdout.split("\n\n")
+    assert all(re.search(r" img/s, [0-9.]+ on 2 ranks  ", row) for row in costs.splitlines()[1:-1])
+    assert re.match(
+        r"--nproc 2 would take \S+ s for the steps that take \S+ s on one rank: (worth it|stay with)", advice
+    )
+
+
+@pytest.mark.parametrize(("shared", "words"), [(200.0, "worth it"), (105.0, "stay with one")])
+def test_ranks_are_advised_where_they_gain_a_tenth(place, shared, words):
+    found = cost(node(), steps=5, speeds=replace(SPEEDS, step=100.0, ranks=4, shared=shared))
+    # 5 steps of 8 images
+    assert (
+        advice([found])
+        == f"--nproc 4 would take {40 / shared:.1f} s for the steps that take 0.4 s on one rank: {words}"
+    )
+    assert advice([replace(found, speeds=None)]) == ""
 
 
 def test_the_estimate_is_that_of_the_run(place, monkeypatch):
