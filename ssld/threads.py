@@ -36,6 +36,11 @@ def share() -> int:
     return max(1, cores() // int(os.environ.get(RANKS, "1")))
 
 
+def decoders() -> int:
+    """Threads that decode and render images; more than a few wait for each other, since Python runs one at a time."""
+    return min(4, share())
+
+
 def of_step() -> int:
     """Threads of paddle in a training step; when imported it sets OMP_NUM_THREADS to 1 unless the user has set it."""
     return int(os.environ.get("MKL_NUM_THREADS") or os.environ.get("OMP_NUM_THREADS") or 1)

@@ -22,6 +22,7 @@ from ssld.data.order import Order
 from ssld.data.transforms import Pipeline
 from ssld.errors import DataError
 from ssld.seeds import derive
+from ssld.threads import decoders
 
 if TYPE_CHECKING:
     from ssld.data.samples import Samples
@@ -96,7 +97,7 @@ def training_batches(
     seed: int,
     start: int = 0,
     window: int | None = None,
-    workers: int = 2,
+    workers: int | None = None,
     ahead: int = 4,
     damage: Damage,
     replay: Replay | None = None,
@@ -109,7 +110,8 @@ def training_batches(
     view, takes its slot.
 
     part: the rows of every batch that are wanted, None for all. What they hold does not depend on it.
-    window: shards open at once, None for all; workers: threads, 0 for none; ahead: batches decoded in advance.
+    window: shards open at once, None for all; workers: threads, 0 for none, None for as many as this rank's cores allow;
+    ahead: batches decoded in advance.
     Closing the generator ends its threads. Raises DataError: more damage than the budget, nothing readable, or
     operators that end at another size; ValueError where the pipelines cannot share a view.
     """
@@ -130,7 +132,7 @@ def training_batches(
 
 
 def evaluation_batches(
-    samples: Samples, pipeline: Pipeline, *, batch_size: int, workers: int = 2, ahead: int = 4, damage: Damage
+    samples: Samples, pipeline: Pipeline, *, batch_size: int, workers: int | None = None, ahead: int = 4, damage: Damage
 ) -> Generator[Batch, None, None]:
     """One pass in the order of the indices; the last batch may be short.
 
@@ -156,7 +158,7 @@ def view_batches(
     *,
     batch_size: int,
     indices: Iterable[int],
-    workers: int = 2,
+    workers: int | None = None,
     ahead: int = 4,
     damage: Damage,
 ) -> Generator[Batch, None, None]:
@@ -242,13 +244,15 @@ def _distinct(pipelines: tuple[Pipeline, ...]) -> tuple[tuple[Pipeline, ...], tu
     return tuple(pipelines[pixels.index(pixel)] for pixel in places), tuple(places[pixel] for pixel in pixels)
 
 
-def _in_order(function: Callable[[T], R], items: Iterable[T], workers: int, ahead: int) -> Generator[R, None, None]:
+def _in_order(
+    function: Callable[[T], R], items: Iterable[T], workers: int | None, ahead: int
+) -> Generator[R, None, None]:
     """`map`, in threads: the results in the order of the items, at most `ahead` of them in advance."""
     if workers == 0:
         yield from map(function, items)
         return
     waiting_items = iter(items)
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="ssld-decode")
+    pool = ThreadPoolExecutor(decoders() if workers is None else workers, thread_name_prefix="ssld-decode")
     try:
         futures = deque(pool.submit(function, item) for item in islice(waiting_items, max(1, ahead)))
         while futures:

@@ -20,7 +20,7 @@ from ssld.errors import DataError, Interrupted
 from ssld.seeds import derive
 from ssld.settings import TrainingSettings
 from ssld.train import networks
-from ssld.train.evaluation import evaluate
+from ssld.train.evaluation import Evaluator
 from ssld.train.exchange import Exchange
 from ssld.train.feed import Target, feed
 from ssld.train.momentum import Momentum
@@ -73,6 +73,7 @@ def fit(
     if task.resume is not None:
         optimizer.restore(task.resume.optimizer)
     descend = Descent(task, network, objective, optimizer, Exchange(network, task.ranks))
+    evaluate = Evaluator(network, task.model.pipeline, task.device)
     leads = task.ranks.number == 0
     rate = rates(settings, len(task.data), total)
     damage = Damage(task.damage_budget, task.journal.met)
@@ -89,7 +90,7 @@ def fit(
             loss, stop = descend(target, rate(progress.step))
             progress.step += 1
             log.step(progress.step, loss, rate(progress.step - 1), waited)
-            due = leads and measure_if_due(task, network, progress, total)
+            due = leads and measure_if_due(task, evaluate, progress, total)
             progress.seconds = clock.seconds()
             save = due or stop or save_is_due(settings, progress.step, clock)
             if leads and save and progress.step < total:
@@ -134,7 +135,7 @@ class Descent:
         return loss, stop
 
 
-def measure_if_due(task: Task[Any], network: nn.Layer, progress: Progress, total: int) -> bool:
+def measure_if_due(task: Task[Any], evaluate: Evaluator, progress: Progress, total: int) -> bool:
     """Evaluate at the end of an epoch that asks for it; says whether the state is worth keeping on disk now."""
     settings = task.settings
     batch, samples = settings.batch_size, len(task.data)
@@ -143,7 +144,7 @@ def measure_if_due(task: Task[Any], network: nn.Layer, progress: Progress, total
         return False
     worth = False
     if progress.step == total or epoch // settings.eval_interval > before // settings.eval_interval:
-        progress.metrics = evaluate(network, task.validation, task.model.pipeline, task.device, task.reference)
+        progress.metrics = evaluate(task.validation, task.reference)
         seen, lines = task.reference, {}
         if seen is not None:
             lines = {"teacher_top1": seen.teacher, "chance_top1": seen.chance}

@@ -246,7 +246,7 @@ def test_neither_evaluation_nor_checkpoint_is_part_of_a_step(make_task, monkeypa
     def forbidden(*_, **__):
         raise AssertionError("evaluated")
 
-    monkeypatch.setattr(loop, "evaluate", forbidden)
+    monkeypatch.setattr(loop, "Evaluator", lambda *_: forbidden)
     monkeypatch.setattr(trial, "fitting", lambda seconds, one, most: most)
     saved = []
     task = make_task(settings={"save_interval": 1, "save_steps": 2}, save=saved.append)

@@ -77,7 +77,7 @@ def bits(state):
 def measured(monkeypatch, accuracies):
     """Let the evaluations answer these in turn; returns the list of those that are left."""
     left = list(accuracies)
-    monkeypatch.setattr(loop, "evaluate", lambda *_: {"top1": left.pop(0), "top5": 1.0})
+    monkeypatch.setattr(loop, "Evaluator", lambda *_: lambda *_: {"top1": left.pop(0), "top5": 1.0})
     return left
 
 
