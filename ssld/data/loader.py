@@ -110,7 +110,7 @@ def training_batches(
     view, takes its slot.
 
     part: the rows of every batch that are wanted, None for all. What they hold does not depend on it.
-    window: shards open at once, None for all; workers: threads, 0 for none, None for as many as this rank's cores allow;
+    window: shards open at once, None for all; workers: threads, 0 for none, None for what this rank's cores allow;
     ahead: batches decoded in advance.
     Closing the generator ends its threads. Raises DataError: more damage than the budget, nothing readable, or
     operators that end at another size; ValueError where the pipelines cannot share a view.
