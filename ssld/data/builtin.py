@@ -88,12 +88,11 @@ def _load_digits() -> tuple[np.ndarray, np.ndarray]:
     To import scikit-learn takes as long as to import paddle, so the file is read that its load_digits reads.
     """
     found = find_spec("sklearn")
-    folders = (found and found.submodule_search_locations) or [""]
-    file = Path(folders[0], "datasets", "data", "digits.csv.gz")
-    if not file.is_file():
+    file = Path(found.origin).parent / "datasets" / "data" / "digits.csv.gz" if found and found.origin else None
+    if file is None or not file.is_file():
         raise DataError(
-            f"builtin:digits: expected scikit-learn, which holds the images as {file}, got none; run "
-            f'pip install "ssld[demo]"'
+            f"builtin:digits: expected scikit-learn, which holds the images, got "
+            f'{"none" if file is None else f"one without {file.name}"}; run pip install "ssld[demo]"'
         )
     table = np.loadtxt(file, np.uint8, delimiter=",")
     return np.rint(table[:, :-1].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8), table[:, -1].astype(np.int64)

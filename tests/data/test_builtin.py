@@ -48,13 +48,12 @@ def test_the_pool_shows_no_labels() -> None:
     assert (pool.labels, pool.classes) == (None, None)
 
 
-@pytest.mark.parametrize("there", [False, True], ids=["not installed", "without the file"])
-def test_digits_without_scikit_learn_name_the_extra(monkeypatch, tmp_path, there) -> None:
-    spec = ModuleSpec("sklearn", None, is_package=True)
-    spec.submodule_search_locations = [str(tmp_path)]
+@pytest.mark.parametrize(("there", "found"), [(False, "none"), (True, "one without digits.csv.gz")])
+def test_digits_without_scikit_learn_name_the_extra(monkeypatch, tmp_path, there, found) -> None:
+    spec = ModuleSpec("sklearn", None, origin=str(tmp_path / "__init__.py"))
     monkeypatch.setattr(builtin, "find_spec", lambda name: spec if there else None)
     builtin._load_digits.cache_clear()
-    with pytest.raises(DataError, match=r'pip install "ssld\[demo\]"'):
+    with pytest.raises(DataError, match=rf'got {found}; run pip install "ssld\[demo\]"'):
         open_source("builtin:digits?part=pool", labeled=False)
 
 

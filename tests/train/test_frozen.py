@@ -7,10 +7,11 @@ import threading
 import numpy as np
 import paddle
 import pytest
-from paddle import nn
+from paddle import inference, nn
 from paddle.base import core
 
 from ssld.errors import DataError, RecipeError, SsldError
+from ssld.threads import of_step
 from ssld.train.frozen import Frozen, _eager
 
 SIZE = 16
@@ -79,8 +80,43 @@ def test_the_bits_of_a_sample_do_not_depend_on_its_batch(frozen):
         np.testing.assert_array_equal(np.concatenate(parts), together)
 
 
-def test_the_bits_do_not_depend_on_threads(layer, frozen):
-    np.testing.assert_array_equal(Frozen(layer, SIZE, threads=2)(images(16)), frozen(images(16)))
+def test_the_bits_do_not_depend_on_threads(layer):
+    one = Frozen(layer, SIZE, threads=1)
+    np.testing.assert_array_equal(Frozen(layer, SIZE, threads=2)(images(16)), one(images(16)))
+
+
+@pytest.mark.parametrize("threads", [2, 4, 8])
+def test_the_bits_of_a_wide_classifier_do_not_depend_on_threads(threads):
+    """Its sums are the ones that are long enough to be cut up."""
+    paddle.seed(0)
+    wide = nn.Sequential(nn.Flatten(), nn.Linear(3 * SIZE * SIZE, 2048), nn.ReLU(), nn.Linear(2048, 10))
+    one, more = Frozen(wide, SIZE, threads=1), Frozen(wide, SIZE, threads=threads)
+    for count in (1, 5):
+        np.testing.assert_array_equal(more(images(count)), one(images(count)))
+
+
+def test_a_fully_connected_layer_may_take_more_than_vectors():
+    paddle.seed(0)
+    layer = nn.Sequential(nn.Linear(SIZE, 4), nn.Flatten(), nn.Linear(3 * SIZE * 4, 5))
+    np.testing.assert_allclose(Frozen(layer, SIZE)(images(3)), expected(layer, images(3)), atol=1e-5)
+
+
+@pytest.mark.parametrize(("ranks", "threads"), [("1", 6), ("3", 2), ("8", 1)])
+def test_takes_the_share_of_its_rank(layer, monkeypatch, ranks, threads):
+    """As many as the config of the engine is told."""
+    told = []
+    config = inference.Config
+
+    class Told(config):
+        def set_cpu_math_library_num_threads(self, number):
+            told.append(number)
+            super().set_cpu_math_library_num_threads(number)
+
+    monkeypatch.setattr(inference, "Config", Told)
+    monkeypatch.setattr("ssld.threads.cores", lambda: 6)
+    monkeypatch.setenv("PADDLE_TRAINERS_NUM", ranks)
+    Frozen(layer, SIZE)
+    assert told == [threads]
 
 
 def test_weights_that_have_diverged_are_said_to_have(layer):
@@ -169,15 +205,173 @@ def test_runs_in_threads_that_did_not_make_it(frozen):
     assert wrong == []
 
 
+# A refreshed one ---------------------------------------------------------------------------------------------------
+
+
+class Whole(nn.Layer):
+    """Weights, statistics, a buffer that no checkpoint keeps, and a Python value; all change what it answers."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = network()
+        self.register_buffer("shift", paddle.zeros([5]), persistable=False)
+        self.factor = 1.0
+
+    def forward(self, x):
+        return (self.body(x) + self.shift) * self.factor
+
+
+def change_weights(layer):
+    layer.body[-1].weight.set_value(layer.body[-1].weight + 10.0)
+
+
+def change_statistics(layer):
+    layer.body[1]._mean.set_value(layer.body[1]._mean + 2.0)
+
+
+def change_buffer(layer):
+    layer.shift.set_value(layer.shift + 3.0)
+
+
+def change_value(layer):
+    layer.factor = 2.0
+
+
+CHANGES = (change_weights, change_statistics, change_buffer, change_value)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_refreshed_one_answers_as_the_layer_does_now(change):
+    layer = Whole()
+    frozen = Frozen(layer, SIZE)
+    before = frozen(images(4))
+    change(layer)
+    np.testing.assert_array_equal(frozen(images(4)), before)
+    frozen.refresh(layer)
+    now = frozen(images(4))
+    assert np.abs(now - before).max() > 0.1
+    np.testing.assert_allclose(now, expected(layer, images(4)), atol=1e-5)
+    np.testing.assert_array_equal(now, Frozen(layer, SIZE)(images(4)))
+
+
+def test_a_refreshed_one_is_not_exported_anew(monkeypatch):
+    layer = Whole()
+    frozen = Frozen(layer, SIZE)
+    frozen(images(4))
+    monkeypatch.setattr(paddle.jit, "to_static", lambda *_, **__: pytest.fail("exported anew"))
+    for change in CHANGES[:3]:
+        change(layer)
+        frozen.refresh(layer)
+        frozen(images(4))
+
+
+def test_a_layer_that_is_refreshed_stays_as_it_was():
+    layer = Whole()
+    frozen = Frozen(layer, SIZE)
+    before = digest(layer)
+    for _ in range(2):
+        frozen.refresh(layer)
+        frozen(images(4))
+    assert digest(layer) == before
+    assert layer.training
+    assert all(weight.grad is None for weight in layer.parameters())
+
+
+def test_a_refreshed_one_is_compared_again():
+    class Late(Whole):
+        """Its export forgets the buffer."""
+
+        def forward(self, x):
+            return self.body(x) + self.shift if paddle.in_dynamic_mode() else self.body(x) + self.shift * 0
+
+    layer = Late()
+    frozen = Frozen(layer, SIZE)
+    frozen(images(4))
+    change_buffer(layer)
+    frozen.refresh(layer)
+    for _ in range(2):
+        with pytest.raises(SsldError, match="exported Late in float32 to answer as the layer itself"):
+            frozen(images(4))
+
+
+def test_another_device_is_refreshed_too():
+    layer = Whole()
+    frozen = Frozen(layer, SIZE, device="gpu")
+    before = frozen(images(4))
+    change_weights(layer)
+    np.testing.assert_array_equal(frozen(images(4)), before)
+    frozen.refresh(layer)
+    np.testing.assert_array_equal(frozen(images(4)), expected(layer, images(4)))
+
+
+# What paddle has to rewrite ------------------------------------------------------------------------------------------
+
+
+class Branching(nn.Layer):
+    """Asks the images which way to go."""
+
+    def __init__(self):
+        super().__init__()
+        self.light, self.dark = (nn.Linear(3, 4) for _ in range(2))
+
+    def forward(self, x):
+        means = x.mean(axis=[2, 3])
+        return self.light(means) if means.mean() > 0 else self.dark(means)
+
+
+class Tokens(nn.Layer):
+    """Puts a token before those of each image, as a vision transformer does: it asks for the size of the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.token = self.create_parameter([1, 1, SIZE])
+        self.mix = nn.Linear(SIZE, 4)
+
+    def forward(self, x):
+        token = self.token.expand([x.shape[0], -1, -1])
+        return self.mix(paddle.concat([token, x.mean(axis=2)], axis=1)).sum(axis=1)
+
+
+@pytest.mark.parametrize("kind", [Branching, Tokens])
+def test_what_depends_on_the_images_is_exported_with_care(kind):
+    paddle.seed(0)
+    layer = kind()
+    frozen = Frozen(layer, SIZE)
+    for count, side in ((1, 1), (5, -1), (64, 1), (3, 1)):
+        batch = np.abs(images(count)) * np.float32(side)
+        np.testing.assert_allclose(frozen(batch), expected(layer, batch), atol=1e-5)
+
+
+# The process around it -----------------------------------------------------------------------------------------------
+
+
 def product():
     """A matrix product large enough that its bits depend on the number of threads."""
     paddle.seed(0)
     return paddle.matmul(paddle.randn([300, 2000]), paddle.randn([2000, 300])).numpy()
 
 
-def test_the_threads_of_the_process_stay(layer):
+@pytest.fixture
+def step_of(monkeypatch):
+    """step_of(threads): paddle computes in so many threads, as the user asks."""
+
+    def ask(threads):
+        monkeypatch.setenv("OMP_NUM_THREADS", str(threads))
+        core.set_num_threads(threads)
+
+    yield ask
+    monkeypatch.undo()
+    core.set_num_threads(of_step())
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_threads_of_the_process_stay(layer, step_of, threads):
+    step_of(3 - threads)
+    other = product()
+    step_of(threads)
     before = product()
-    frozen = Frozen(layer, SIZE, threads=2)
+    assert not np.array_equal(before, other)
+    frozen = Frozen(layer, SIZE, threads=3 - threads)
     np.testing.assert_array_equal(product(), before)
     frozen(images(2))
     np.testing.assert_array_equal(product(), before)
