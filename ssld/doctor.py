@@ -66,8 +66,8 @@ def on_device(device: str) -> str:
 
 
 def threads(device: str) -> str:
-    found = f"{shared.cores()} of {os.cpu_count()} cores, for {os.environ.get(RANKS, '1')} ranks"
-    return f"{found}: a training step takes {shared.of_step()}, a frozen network {shared.share()}"
+    found = f"{shared.cores()} of {os.cpu_count()} cores, ranks: {os.environ.get(RANKS, '1')}"
+    return f"{found}; a training step takes {shared.of_step()}, a frozen network {shared.share()}"
 
 
 def installed(device: str) -> str:

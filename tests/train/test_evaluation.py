@@ -13,8 +13,10 @@ from PIL import Image
 from ssld.contracts import Reference, Soft
 from ssld.data.transforms import Pipeline
 from ssld.errors import DataError
-from ssld.train import evaluation
-from ssld.train.evaluation import evaluate
+from ssld.train import evaluation, networks
+from ssld.train.evaluation import Evaluator, evaluate
+from ssld.train.losses import hard_ce
+from ssld.train.momentum import Momentum
 
 CLASSES = 12
 PIPELINE = Pipeline.read(
@@ -63,6 +65,51 @@ def test_the_network_stays_as_it_was(shapes):
     assert network.training
     assert network.dropout.training
     assert all(np.array_equal(value.numpy(), before[name]) for name, value in network.state_dict().items())
+
+
+def test_an_evaluator_measures_the_weights_of_the_moment(shapes, monkeypatch):
+    """As if each time were the first; and all cores work on it, since the other ranks wait for it."""
+    monkeypatch.setattr(evaluation, "cores", lambda: 2)
+    monkeypatch.setenv("PADDLE_TRAINERS_NUM", "2")
+    threads = []
+
+    class Noted(evaluation.Frozen):
+        def __init__(self, *arguments, **options):
+            threads.append(options["threads"])
+            super().__init__(*arguments, **options)
+
+    monkeypatch.setattr(evaluation, "Frozen", Noted)
+    network, samples = Linear(), shapes(40, seed=4)
+    measure = Evaluator(network, PIPELINE, "cpu")
+    found = []
+    for seed in (1, 2, 3):
+        network.fc.weight.set_value(np.random.default_rng(seed).normal(size=network.fc.weight.shape).astype("float32"))
+        found.append(measure(samples))
+        assert found[-1] == evaluate(network, samples, PIPELINE, "cpu")
+        right = [scores_of(network, samples, i).argmax() == samples.labels[i] for i in range(len(samples))]
+        assert found[-1]["top1"] == np.mean(right)
+    assert len({measured["top1"] for measured in found}) > 1
+    assert threads == [2] * 4
+
+
+def trained(samples, evaluated):
+    """The weights of a student after four steps, with an evaluation between them or without, as bytes."""
+    paddle.seed(0)
+    network = networks.build("MobileNetV3_small_x0_35", {}, CLASSES)
+    optimizer, measure = Momentum(network), Evaluator(network, PIPELINE, "cpu")
+    draws = np.random.default_rng(0)
+    for step in range(4):
+        network.train()
+        images = paddle.to_tensor(draws.normal(size=(8, 3, 16, 16)).astype(np.float32))
+        hard_ce(network(images), paddle.to_tensor(np.arange(8))).mean().backward()
+        optimizer.step(0.1)
+        if evaluated and step != 2:
+            measure(samples)
+    return {name: value.tobytes() for name, value in networks.arrays(network).items()}
+
+
+def test_training_goes_on_to_the_last_bit_as_if_it_had_not_been_measured(shapes):
+    assert trained(shapes(8), True) == trained(shapes(8), False)
 
 
 def test_top5_of_fewer_classes_is_certain(shapes):

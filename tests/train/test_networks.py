@@ -8,6 +8,8 @@ import numpy as np
 import paddle
 import pytest
 from paddle import nn
+from paddle.base import core
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from ssld.contracts import State
 from ssld.errors import CheckpointError, PluginError, RecipeError
@@ -162,3 +164,20 @@ def test_gpu_needs_a_paddle_that_has_one(monkeypatch):
     monkeypatch.setattr(paddle.device, "is_compiled_with_cuda", lambda: False)
     with pytest.raises(RecipeError, match=r"--device gpu: expected a paddle built with CUDA, got the CPU build"):
         networks.use_device("gpu")
+
+
+def test_a_step_computes_in_its_own_number_of_threads(monkeypatch):
+    """Seen from a product large enough that its bits depend on them."""
+    paddle.seed(0)
+    left, right = paddle.randn([300, 2000]), paddle.randn([2000, 300])
+    products = {}
+    for threads in (2, 1):
+        monkeypatch.setenv("OMP_NUM_THREADS", str(threads))
+        core.set_num_threads(threads)
+        products[threads] = paddle.matmul(left, right).numpy()
+    assert not np.array_equal(products[1], products[2])
+    core.set_num_threads(2)
+    with threadpool_limits(2, user_api="blas"):
+        networks.use_device("cpu")
+        assert {library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"} == {1}
+    np.testing.assert_array_equal(paddle.matmul(left, right).numpy(), products[1])
