@@ -19,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from ssld.contracts import Ranks
 from ssld.data import loader
 from ssld.data.images import decode
 from ssld.data.loader import Batch, Damage, Replay, evaluation_batches, training_batches, view_batches
@@ -151,6 +152,71 @@ def test_a_batch_may_be_larger_than_the_set() -> None:
 def test_pipelines_that_cannot_share_a_view_are_refused(pipelines: tuple[Pipeline, ...]) -> None:
     with pytest.raises(ValueError, match="same operators"):
         batches(Fake(), 1, pipelines)
+
+
+# --- several ranks
+
+
+def together(parts: list[Batch]) -> Batch:
+    """The parts of a batch put together, in the order of their ranks."""
+    images = tuple(np.concatenate(column) for column in zip(*(part.images for part in parts), strict=True))
+    labels = None if parts[0].labels is None else np.concatenate([part.labels for part in parts])
+    indices, views = (np.concatenate([getattr(part, name) for part in parts]) for name in ("indices", "views"))
+    return Batch(parts[0].step, images, labels, indices, views, tuple(key for part in parts for key in part.keys))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+@pytest.mark.parametrize("options", [{}, {"damaged": frozenset({3, 4, 10})}, {"labelled": False}])
+def test_the_parts_of_all_ranks_are_the_batch_of_one(count: int, options: dict[str, object]) -> None:
+    """11 images and batches of 7, so that the parts differ in size and epochs cross."""
+    samples, large = Fake(**options), TRAIN.at(12)
+    budget = len(samples.damaged)
+    settings = {"pipelines": (TRAIN, large), "batch_size": 7, "seed": 5}
+    whole = batches(samples, 8, damage=Damage(budget), **settings)
+    for start in (0, 2, 7):
+        ranks = [
+            batches(
+                samples,
+                8 - start,
+                part=Ranks(number, count).part(7),
+                start=start,
+                workers=number % 3,
+                damage=Damage(budget),
+                **settings,
+            )
+            for number in range(count)
+        ]
+        for parts, expected in zip(zip(*ranks, strict=True), whole[start:], strict=True):
+            assert {part.step for part in parts} == {expected.step}
+            sizes = [len(part.indices) for part in parts]
+            assert sum(sizes) == 7
+            assert max(sizes) - min(sizes) <= 1
+            assert digest(together(list(parts))) == digest(expected)
+
+
+@pytest.mark.parametrize("count", [2, 5])
+def test_the_parts_of_all_ranks_show_the_views_that_were_labelled(count: int) -> None:
+    samples, replay = Fake(), Replay(seed=3, views=3)
+    whole = batches(samples, 20, batch_size=6, replay=replay)
+    ranks = [
+        batches(samples, 20, batch_size=6, replay=replay, part=Ranks(number, count).part(6)) for number in range(count)
+    ]
+    for parts, expected in zip(zip(*ranks, strict=True), whole, strict=True):
+        assert digest(together(list(parts))) == digest(expected)
+
+
+def test_a_rank_reads_its_own_part_alone() -> None:
+    reads: Counter[int] = Counter()
+
+    class Counting(Fake):
+        def read(self, index: int) -> bytes | np.ndarray:
+            reads[index] += 1
+            return super().read(index)
+
+    samples = Counting(count=12)
+    (batch,) = batches(samples, 1, batch_size=12, part=Ranks(1, 3).part(12), workers=0)
+    assert len(batch.indices) == 4
+    assert dict(reads) == {int(index): 1 for index in batch.indices}
 
 
 # --- damage
