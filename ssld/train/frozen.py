@@ -9,6 +9,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import paddle
@@ -60,6 +61,7 @@ class Frozen:
         self._precision = precision
         self._lock = threading.Lock()
         self._shown = COMPARED
+        self._unchecked: nn.Layer | None
         snapshot = _snapshot(layer)
         self._program = _Program(snapshot, size) if device == "cpu" else None
         self._answer_as(snapshot)
@@ -179,8 +181,9 @@ def _as_written(layer: nn.Layer, images: paddle.static.InputSpec) -> nn.Layer | 
 
 def _traced(snapshot: nn.Layer, images: paddle.static.InputSpec) -> nn.Layer:
     """The snapshot, made a program."""
-    traced: nn.Layer = paddle.jit.to_static(_in_one_order(snapshot), [images], full_graph=True)
+    traced: Any = paddle.jit.to_static(_in_one_order(snapshot), [images], full_graph=True)
     traced.eval()
+    # it is traced when the program is first asked for
     assert traced.forward.concrete_program is not None
     return traced
 
