@@ -14,7 +14,8 @@ from collections.abc import Iterator
 import click
 import numpy as np
 import paddle
-from label_size import MIXED, draw, show
+from label_size import MIXED, draw
+from measuring import show
 
 from ssld.contracts import Soft
 from ssld.labels import format

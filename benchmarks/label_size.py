@@ -16,6 +16,7 @@ from pathlib import Path
 
 import click
 import numpy as np
+from measuring import show
 
 from ssld.contracts import TeacherSpec
 from ssld.data.loader import Replay
@@ -144,15 +145,6 @@ def quantizer_table(classes: int = 1_000) -> Iterator[list[str]]:
                 cells = (f"{values.mean():.1e}, {np.quantile(values, 0.999):.1e}" for values in kl)
                 error = np.abs(stored["certain"] - exact["certain"]).mean()
                 yield [f"{shape.__name__} to {limit}", str(top_k), *cells, f"{error:.2f}"]
-
-
-def show(table: Iterator[list[str]]) -> None:
-    """Print it as Markdown, a row as soon as it is known."""
-    head = next(table)
-    for row in ([], head, ["---"] * len(head)):
-        click.echo(f"| {' | '.join(row)} |" if row else "")
-    for row in table:
-        click.echo(f"| {' | '.join(row)} |")
 
 
 @click.command()

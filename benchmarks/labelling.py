@@ -1,113 +1,66 @@
-"""Labelling throughput ÷ the teacher's bare forward throughput, and the memory that labelling takes.
+"""Labelling against the teacher's bare forward pass.
 
     python benchmarks/labelling.py
-    python benchmarks/labelling.py --memory
 
-First: ResNet50_vd at 64 px over JPEG files of 96 px, two views; median of five turns of both in one run. Asked for: at
-least 0.90. Second: peak resident memory of labelling 1,000 and 100,000 drawn images, each in a process of its own.
+ResNet50_vd at 64 px, two views of JPEG files of 96 px; the bare pass has as many views, in batches that are ready.
 """
 
-import resource
-import statistics
-import subprocess
-import sys
 import tempfile
-import time
+from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 
-import click
 import numpy as np
-from PIL import Image
+from material import CLASSES, NAMES, jpegs, views
+from measuring import Row, alone, interleaved, rate, timed
 
 from ssld.contracts import Teacher, TeacherSpec
 from ssld.data.loader import Damage, Replay
 from ssld.data.samples import Samples
 from ssld.data.sources import open_source
-from ssld.data.transforms import Pipeline
-from ssld.labels.labelling import Work, label
+from ssld.labels.labelling import BATCH, Work, label
 from ssld.labels.store import Description, Store
 from ssld.teaching.asking import prepare
+from ssld.train import networks
+from ssld.train.frozen import Frozen
 
-SIZE, CLASSES, IMAGES, TURNS = 64, 1000, 160, 5
-PIPELINE = Pipeline.read(["RandCropImage", "RandFlipImage", "NormalizeImage"], SIZE)
+SIZE, IMAGES, VIEWS = 64, 160, 2
 
 
-class Frozen:
-    """A network with random weights, run as a teacher is."""
+class Drawn:
+    """A network with drawn weights, run as a teacher is."""
 
-    spec = TeacherSpec(SIZE, "random weights")
+    spec = TeacherSpec(SIZE, "drawn weights")
 
     def __init__(self, network: str) -> None:
-        from ssld.train import frozen, networks
-
-        self.predict = frozen.Frozen(networks.build(network, {}, CLASSES), SIZE)
+        self.predict = Frozen(networks.build(network, {}, CLASSES), SIZE)
 
 
-def jpegs(folder: Path) -> Samples:
-    """Drawn images as JPEG files of quality 90."""
-    drawn = open_source(f"builtin:shapes?count={IMAGES}&size=96", labeled=False)
-    folder.mkdir()
-    for i in range(IMAGES):
-        Image.fromarray(drawn.read(i)).save(folder / f"{i:05d}.jpg", quality=90)
-    return open_source(str(folder), labeled=False)
+def labelled(samples: Samples, teacher: Teacher, folder: Path) -> float:
+    """Views per second, files written and all."""
+    about = Description(teacher.spec, views(SIZE), Replay(0, VIEWS), 10, 1.0, NAMES, "the teacher")
+    store = Store(folder, about)
+    work = Work(Damage(0))
+    return VIEWS * len(samples) / timed(lambda: label(store, teacher, samples, store.missing(samples), work))
 
 
-def run(samples: Samples, teacher: Teacher, folder: Path) -> float:
-    """Views per second of labelling, files written and all."""
-    names = tuple(map(str, range(CLASSES)))
-    store = Store(folder, Description(teacher.spec, PIPELINE, Replay(0, 2), 10, 1.0, names, "the teacher"))
-    began = time.perf_counter()
-    label(store, teacher, samples, store.missing(samples), Work(Damage(0)))
-    return 2 * len(samples) / (time.perf_counter() - began)
-
-
-def bare(teacher: Teacher) -> float:
-    """Views per second of the same number of views in batches that are ready."""
-    pixels = np.random.default_rng(0).integers(0, 256, (64, SIZE, SIZE, 3), dtype=np.uint8)
+def rows(quick: bool) -> Iterator[Row]:
+    network, images = ("MobileNetV3_small_x0_35", 32) if quick else ("ResNet50_vd", IMAGES)
+    teacher, numbers = Drawn(network), count()
+    pixels = np.random.default_rng(0).integers(0, 256, (BATCH, SIZE, SIZE, 3), dtype=np.uint8)
     ready = prepare(pixels, teacher.spec)
-    began = time.perf_counter()
-    for _ in range(2 * IMAGES // 64):
-        teacher.predict(ready)
-    return 2 * IMAGES / (time.perf_counter() - began)
-
-
-def speed() -> None:
-    """Print both speeds and their ratio."""
-    teacher, pairs = Frozen("ResNet50_vd"), []
+    teacher.predict(ready)
+    seconds = 0.0 if quick else 2.0
     with tempfile.TemporaryDirectory() as name:
-        samples = jpegs(Path(name, "images"))
-        bare(teacher)
-        for turn in range(TURNS):
-            pairs.append((run(samples, teacher, Path(name, str(turn))), bare(teacher)))
-    made, forward = (statistics.median(column) for column in zip(*pairs, strict=True))
-    ratio = statistics.median(one / other for one, other in pairs)
-    click.echo(f"labelling {made:.1f} views/s, bare forward {forward:.1f} views/s, ratio {ratio:.3f}")
-
-
-def memory() -> None:
-    """Print the peak of both sizes of pool."""
-    peaks = [
-        int(subprocess.run([sys.executable, __file__, "--drawn", count], check=True, capture_output=True).stdout)
-        for count in ("1000", "100000")
-    ]
-    click.echo(f"peak of labelling 1,000 images {peaks[0]} MiB, 100,000 images {peaks[1]} MiB")
-
-
-@click.command()
-@click.option("--memory", "of_memory", is_flag=True)
-@click.option("--drawn", type=int, hidden=True)
-def main(of_memory: bool, drawn: int | None) -> None:
-    """One of the two measurements."""
-    if drawn is not None:
-        samples = open_source(f"builtin:shapes?count={drawn}&size=32", labeled=False)
-        with tempfile.TemporaryDirectory() as name:
-            run(samples, Frozen("MobileNetV3_small_x0_35"), Path(name))
-        click.echo(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
-    elif of_memory:
-        memory()
-    else:
-        speed()
+        samples = open_source(jpegs(Path(name, "pool"), images, 96), labeled=False)
+        measures = {
+            "bare": lambda: rate(lambda: teacher.predict(ready), BATCH, seconds),
+            "labelling": lambda: labelled(samples, teacher, Path(name, str(next(numbers)))),
+        }
+        turns = interleaved(measures, quick)
+    ratio, how = turns.ratio("labelling", "bare"), f"{network}, 64 px; bare {turns.median('bare'):.0f} views/s"
+    yield Row("labelling", turns.median("labelling"), "views/s", ratio, "bare", "≥ 0.90", how)
 
 
 if __name__ == "__main__":
-    main()
+    alone(rows)

@@ -2,29 +2,25 @@
 
     python benchmarks/startup.py
 
-Medians of five, of the embedded ladder. The first step is seen from its checkpoint, which a recipe may ask for, so the
-time holds that too. A run before those that count fills the cache of compiled kernels. Asked for: less than 0.3 s and
-6 s.
+Of the embedded ladder. The first step is seen from its checkpoint, which a recipe may ask for, so the time holds that
+too. A run before the first that counts fills the cache of compiled kernels.
 """
 
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
-import click
+from measuring import Row, alone, interleaved, timed
 
-TURNS = 5
 SSLD = [sys.executable, "-m", "ssld"]
 
 
 def seconds_of_help() -> float:
     """Until `ssld --help` has ended."""
-    began = time.perf_counter()
-    subprocess.run([*SSLD, "--help"], check=True, stdout=subprocess.DEVNULL)
-    return time.perf_counter() - began
+    return timed(lambda: subprocess.run([*SSLD, "--help"], check=True, stdout=subprocess.DEVNULL))
 
 
 def seconds_to_first_step() -> float:
@@ -44,13 +40,14 @@ def seconds_to_first_step() -> float:
             process.wait()
 
 
-@click.command()
-def main() -> None:
-    """Print both."""
-    for what, seconds in (("help", seconds_of_help), ("first step", seconds_to_first_step)):
-        seconds()
-        click.echo(f"{what}: {statistics.median(seconds() for _ in range(TURNS)):.2f} s")
+def rows(quick: bool) -> Iterator[Row]:
+    measures = {"help": seconds_of_help, "first step": seconds_to_first_step}
+    if not quick:
+        interleaved(measures, quick=True)
+    turns = interleaved(measures, quick)
+    yield Row("start: ssld --help", turns.median("help"), "s", asked="< 0.3 s")
+    yield Row("start: ssld run to the first step", turns.median("first step"), "s", asked="< 6 s")
 
 
 if __name__ == "__main__":
-    main()
+    alone(rows)

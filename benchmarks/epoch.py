@@ -1,0 +1,60 @@
+"""A whole distillation epoch from the store against the bare training step.
+
+    python benchmarks/epoch.py
+
+The epoch is a stage of `ssld run`: JPEG files read, cropped and flipped, labels from files, the log, and at the end
+the export of the student and an evaluation on a tenth as many images (the validation set, and those on which student
+and teacher are compared). The bare step is the same network at the same batch, on noise in memory, in the same process
+right before and right after.
+"""
+
+import tempfile
+from collections.abc import Callable, Iterator
+from itertools import count
+from pathlib import Path
+
+from material import CLASSES, STUDENT, distilled, jpegs, stepper
+from measuring import Row, Turns, alone, interleaved, rate
+
+import ssld
+from ssld.train import networks
+
+SIDE, SIZE, BATCH = 112, 64, 64
+IMAGES, VALIDATION, SECONDS = 4224, 288, 5.0
+"""A thirty-second of the images is held out of the training, to compare student and teacher on."""
+
+
+def epochs(folder: Path, images: int, validation: int) -> Callable[[], float]:
+    """Images per second of an epoch each time; the labels are made in a run before."""
+    pool, held = (jpegs(folder / name, number, SIDE) for name, number in (("pool", images), ("validation", validation)))
+    labels = {"views": 1, "top_k": 10, "store": str(folder / "labels")}
+    recipe = distilled(folder, "MobileNetV3_small_x0_35", SIZE, pool, held, labels)
+    numbers = count()
+
+    def run() -> float:
+        found = ssld.run(recipe, folder / f"run-{next(numbers)}", trust_teacher=True)
+        [(node, status)] = found.stages
+        return node.samples / status.seconds
+
+    run()
+    return run
+
+
+def rows(quick: bool) -> Iterator[Row]:
+    seconds = 0.2 if quick else SECONDS
+    step = stepper(networks.build(STUDENT, {}, CLASSES), SIZE, BATCH)
+    step()
+
+    def bare() -> float:
+        return rate(step, BATCH, seconds)
+
+    with tempfile.TemporaryDirectory() as name:
+        epoch = epochs(Path(name), *((2 * BATCH, 8) if quick else (IMAGES, VALIDATION)))
+        turns = interleaved({"before": bare, "epoch": epoch, "after": bare}, quick)
+    turns = Turns([{**turn, "bare": (turn["before"] + turn["after"]) / 2} for turn in turns.found])
+    ratio, how = turns.ratio("epoch", "bare"), f"{STUDENT}, batch {BATCH}; bare step {turns.median('bare'):.0f} img/s"
+    yield Row(f"epoch from the store, {SIZE} px", turns.median("epoch"), "img/s", ratio, "bare step", "≥ 0.85", how)
+
+
+if __name__ == "__main__":
+    alone(rows)
