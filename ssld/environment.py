@@ -48,9 +48,9 @@ def convolution() -> str:
     """What computes the convolutions of a training step on a CPU."""
     if not (numba := numba_version()):
         return "paddle"
-    config = cast(dict[str, Any], np.show_config(mode="dicts"))
-    blas = config["Build Dependencies"]["blas"]
-    return f"numba {numba} with llvmlite {installed('llvmlite')}, {blas['name']} {blas['version']}"
+    built = cast(dict[str, Any], np.show_config(mode="dicts")).get("Build Dependencies", {})
+    blas = built.get("blas", {})
+    return f"numba {numba} with llvmlite {installed('llvmlite')}, {blas.get('name')} {blas.get('version')}"
 
 
 def cpu_name() -> str:
