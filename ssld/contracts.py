@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ssld.data.transforms import Pipeline
     from ssld.journal import Journal
     from ssld.settings import TrainingSettings
+    from ssld.train.ranks import Meeting
 
 Arrays = Mapping[str, np.ndarray]
 S = TypeVar("S", bound="TrainingSettings")
@@ -172,8 +173,8 @@ class Ranks:
 
     number: int = 0
     count: int = 1
-    group: Any = None
-    """paddle's process group; None where there is one rank."""
+    meeting: Meeting | None = None
+    """Where the ranks meet; None where there is one."""
 
     def part(self, rows: int) -> slice:
         """Its share of a batch: consecutive rows; the shares of two ranks differ by at most one row.

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import count
 from pathlib import Path
 from queue import Empty, Queue
 from typing import Any
@@ -23,12 +23,10 @@ from ssld import errors
 from ssld.contracts import Ranks
 from ssld.environment import RANKS
 from ssld.errors import RankError, SsldError
-from ssld.train.ranks import join, meeting_place
+from ssld.train.ranks import Meeting, shared_memory
 
 PARTING = 10.0
 """Seconds that a rank is given to end by itself, or to say why it has ended."""
-
-_names = count()
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,6 +93,7 @@ class Crew:
         self.directory, self.count, self.note = directory, count, note
         self.members: list[Member] = []
         self.listeners: list[threading.Thread] = []
+        self.lines: list[socket.socket] = []
         self.ranks = Ranks()
         self.before = os.environ.get(RANKS)
 
@@ -102,15 +101,14 @@ class Crew:
         if self.count == 1:
             return self
         os.environ[RANKS] = str(self.count)
-        name, (port, _) = next(_names), meeting_place()
+        self.memory = shared_memory()
         try:
-            self.members = [self._start(number, name, port) for number in range(1, self.count)]
-            for member in self.members:
-                member.expect("ready")
-            self.ranks = join(0, self.count, name)
+            for number in range(1, self.count):
+                self._start(number)
         except BaseException:
             self._dismiss(at_once=True)
             raise
+        self.ranks = Ranks(0, self.count, Meeting(0, self.lines, self.memory))
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
@@ -138,17 +136,24 @@ class Crew:
         for member in self.members:
             member.expect("labelled")
 
-    def _start(self, number: int, name: int, port: int) -> Member:
-        words = [str(self.directory), *map(str, (number, self.count, name, port))]
-        command = [sys.executable, "-m", "ssld.follower", *words]
-        # a lost word of paddle's store to each rank would be read as a word of ours
-        quiet = {**os.environ, "GLOG_minloglevel": "2"}
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=quiet)
+    def _start(self, number: int) -> None:
+        own, other = socket.socketpair()
+        with other:
+            given = (other.fileno(), self.memory.fileno())
+            words = [str(self.directory), *map(str, (number, self.count, *given))]
+            process = subprocess.Popen(
+                [sys.executable, "-m", "ssld.follower", *words],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                pass_fds=given,
+            )
         member = Member(number, process)
         listener = threading.Thread(target=member.listen, args=(self.note,), daemon=True)
-        self.listeners.append(listener)
         listener.start()
-        return member
+        self.members.append(member)
+        self.lines.append(own)
+        self.listeners.append(listener)
 
     def _blame(self, error: RankError) -> None:
         """Raise what the rank that is gone has met: a sum only tells that one is."""
@@ -172,6 +177,8 @@ class Crew:
                 member.process.kill()
         for listener in self.listeners:
             listener.join()
+        for line in self.lines:
+            line.close()
         if self.count > 1:
             os.environ.pop(RANKS, None)
             if self.before is not None:

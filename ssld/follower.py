@@ -1,4 +1,4 @@
-"""A rank that follows: `python -m ssld.follower RUN NUMBER COUNT NAME PORT`, started and told what to do by rank 0."""
+"""A rank that follows rank 0, which starts it: `python -m ssld.follower RUN NUMBER COUNT LINE MEMORY`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import io
 import json
 import os
 import signal
+import socket
 import sys
 import threading
 from contextlib import suppress
@@ -15,6 +16,7 @@ from typing import IO, Any
 
 from rich.console import Console
 
+from ssld.contracts import Ranks
 from ssld.errors import Interrupted, RankError, SsldError
 from ssld.graph import make_plan
 from ssld.inputs import Inputs
@@ -22,7 +24,7 @@ from ssld.journal import Journal
 from ssld.preview.trial import endless, trial
 from ssld.rundir import RunDirectory
 from ssld.train.networks import use_device
-from ssld.train.ranks import join
+from ssld.train.ranks import Meeting
 
 
 class Line:
@@ -56,7 +58,7 @@ class Whisper(Journal):
         self.line.say(note=text)
 
 
-def follow(directory: Path, number: int, count: int, name: int, port: int, line: Line) -> None:
+def follow(directory: Path, ranks: Ranks, line: Line) -> None:
     """Compute a rank's share of what rank 0 does in the run."""
     run = RunDirectory(directory)
     recipe, options = run.recorded()
@@ -65,13 +67,11 @@ def follow(directory: Path, number: int, count: int, name: int, port: int, line:
     # paddle takes SIGTERM for itself when it is imported; a signal to the whole group is rank 0's to act upon
     for number_of_signal in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number_of_signal, signal.SIG_IGN)
-    line.say(ready=True)
-    ranks = join(number, count, name, port)
     inputs = Inputs.of(run, plan, options, journal, lambda: None, ranks)
     while True:
         wanted = line.wanted.get()
         if "label" in wanted:
-            inputs.soft.label(plan.node(wanted["label"]), number + 1, count)
+            inputs.soft.label(plan.node(wanted["label"]), ranks.number + 1, ranks.count)
             line.say(labelled=True)
         elif "attempt" in wanted:
             node = plan.node(wanted["attempt"])
@@ -84,10 +84,11 @@ def follow(directory: Path, number: int, count: int, name: int, port: int, line:
 
 def main() -> int:
     """Ends with the code of the error that it met, which rank 0 was told."""
-    directory, *numbers = sys.argv[1:]
+    number, count, connection, memory = map(int, sys.argv[2:])
     line = Line()
     try:
-        follow(Path(directory), *map(int, numbers), line)
+        meeting = Meeting(number, [socket.socket(fileno=connection)], os.fdopen(memory, "r+b"))
+        follow(Path(sys.argv[1]), Ranks(number, count, meeting), line)
     except (Interrupted, RankError) as error:
         # rank 0 knows of the signal, and has missed the other rank as well
         return error.exit_code

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import zlib
+import hashlib
 
 import numpy as np
 import paddle
@@ -11,7 +11,7 @@ from paddle.nn.layer.norm import _BatchNormBase
 
 from ssld.contracts import Ranks
 from ssld.errors import RankError
-from ssld.train.ranks import add_up
+from ssld.train.ranks import WORD
 
 
 class Exchange:
@@ -28,22 +28,11 @@ class Exchange:
         self._weights = [weight for weight in network.parameters() if not weight.stop_gradient]
         kinds = (_BatchNormBase, nn.BatchNorm)
         self._norms = [layer for layer in network.sublayers(include_self=True) if isinstance(layer, kinds)]
-        self._sums: paddle.Tensor | None = None
-        if ranks.count > 1:
-            self._expect_same([_memory(tensor) for tensor in network.state_dict().values()])
-
-    def _expect_same(self, weights: list[np.ndarray]) -> None:
-        mark = 0
-        for array in weights:
-            mark = zlib.crc32(array, mark)
-        # halves, for a float32 holds 24 bits
-        own = np.array([mark >> 16, mark & 0xFFFF], np.float32)
-        total = paddle.to_tensor(own)
-        add_up(total, self._ranks)
-        if not np.array_equal(total.numpy(), own * self._ranks.count):
+        self._rows: np.ndarray | None = None
+        if ranks.meeting and not ranks.meeting.agree(_mark(network)):
             raise RankError(
-                f"expected the same first weights on all {self._ranks.count} ranks, got others on rank "
-                f"{self._ranks.number}; draw them by paddle alone, whose seed is set before a network is built"
+                f"expected the same first weights on all {ranks.count} ranks, got different ones; draw them by paddle "
+                f"alone, whose seed is set before a network is built"
             )
 
     def __call__(self, loss: float, stop: int | None) -> tuple[float, int | None]:
@@ -51,26 +40,46 @@ class Exchange:
 
         Returns the sum of the losses, and the signal. Raises RankError when another rank is gone.
         """
-        if self._ranks.count == 1:
+        if self._ranks.meeting is None:
             return loss, stop
         gradients = [_memory(weight.grad) for weight in self._weights if weight.grad is not None]
         # the others do not change, and a mean of three equal numbers may not be equal to them
         learning = [layer for layer in self._norms if layer.training]
         statistics = [_memory(tensor) for layer in learning for tensor in (layer._mean, layer._variance)]
         facts = np.array([loss, stop or 0], np.float32)
-        arrays = [*gradients, *statistics, facts]
-        ends = np.cumsum([array.size for array in arrays])
-        if self._sums is None:
-            self._sums = paddle.empty([int(ends[-1])])
-        parts = np.split(_memory(self._sums), ends[:-1])
-        for part, array in zip(parts, arrays, strict=True):
-            part[:] = array.ravel()
-        add_up(self._sums, self._ranks)
-        for part, array in zip(parts, arrays, strict=True):
-            array[...] = part.reshape(array.shape)
+        self._add_up([*gradients, *statistics, facts])
         for array in statistics:
             array /= self._ranks.count
         return float(facts[0]), int(facts[1]) or None
+
+    def _add_up(self, arrays: list[np.ndarray]) -> None:
+        """Replace each array by its sum over all ranks, in their order: the same bits on each."""
+        number, count, meeting = self._ranks.number, self._ranks.count, self._ranks.meeting
+        assert meeting is not None, "there is more than one rank"
+        ends = np.cumsum([array.size for array in arrays])
+        size = int(ends[-1])
+        if self._rows is None:
+            self._rows = meeting.share(count + 1, size)
+        own, total = self._rows[number], self._rows[count]
+        for part, array in zip(np.split(own, ends[:-1]), arrays, strict=True):
+            part[:] = array.ravel()
+        meeting.agree()
+        # each rank adds up a part of all
+        mine = self._ranks.part(size)
+        np.add(self._rows[0, mine], self._rows[1, mine], out=total[mine])
+        for other in self._rows[2:count, mine]:
+            total[mine] += other
+        meeting.agree()
+        for part, array in zip(np.split(total, ends[:-1]), arrays, strict=True):
+            array[...] = part.reshape(array.shape)
+
+
+def _mark(network: nn.Layer) -> bytes:
+    """A hash of all weights."""
+    found = hashlib.blake2b(digest_size=WORD)
+    for tensor in network.state_dict().values():
+        found.update(np.ascontiguousarray(tensor.numpy()))
+    return found.digest()
 
 
 def _memory(tensor: paddle.Tensor) -> np.ndarray:

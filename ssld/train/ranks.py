@@ -1,50 +1,77 @@
-"""How the processes that train a stage together meet, and what they do when they have met: add up."""
+"""How the ranks of one machine meet: by a word that each says, and by memory that they share.
+
+paddle's gloo sends everything through sockets, which takes several times as long.
+"""
 
 from __future__ import annotations
 
 import os
 import socket
-from functools import cache
-from typing import Any
+import tempfile
+from collections.abc import Sequence
+from typing import IO
 
-import paddle
-from paddle.base import core
+import numpy as np
 
-from ssld.contracts import Ranks
 from ssld.errors import RankError
 
-HOST = "127.0.0.1"
-PATIENCE = 300
-"""Seconds in which all ranks must have come together."""
+WORD = 8
+"""Bytes."""
+SHARED = "/dev/shm"
+"""Where Linux keeps files in memory; elsewhere a temporary file is written to disk now and then, which costs little."""
 
 
-def add_up(tensor: paddle.Tensor, ranks: Ranks) -> None:
-    """Replace a tensor by its sum over all ranks, the same bits on each. Raises RankError when one is gone."""
-    if ranks.count == 1:
-        return
-    try:
-        ranks.group.all_reduce(tensor, core.ReduceOp.SUM, True).wait()
-    except RuntimeError as error:
-        how = str(error).strip().splitlines()[-1]
-        raise RankError(f"expected {ranks.count} ranks, one is gone: {how}") from error
+class Meeting:
+    """The meeting of rank `number` with all others.
 
-
-@cache
-def meeting_place() -> tuple[int, Any]:
-    """A port of this machine, and the store behind it by which ranks find each other; one for the whole process."""
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        port = probe.getsockname()[1]
-    # a store for one does not wait for others, who cannot come before they know the port
-    return port, core.TCPStore(HOST, port, True, 1, PATIENCE)
-
-
-def join(number: int, count: int, name: int, port: int | None = None) -> Ranks:
-    """Come together with the other ranks. name: of the group, another one each time; port: of rank 0's store.
-
-    paddle.distributed.init_parallel_env makes its group once in a process; a process may lead several runs.
+    lines: the ends of its connections: of rank 0 to each other rank, in their order, of any other to rank 0 alone.
+    memory: a file that all ranks have open.
     """
-    store = meeting_place()[1] if port is None else core.TCPStore(HOST, port, False, count, PATIENCE)
-    # where paddle reads the number of a process
-    os.environ["PADDLE_TRAINER_ID"] = str(number)
-    return Ranks(number, count, core.ProcessGroupGloo.create(store, number, count, name))
+
+    def __init__(self, number: int, lines: Sequence[socket.socket], memory: IO[bytes]) -> None:
+        self._number = number
+        self._lines = lines
+        self._memory = memory
+
+    def agree(self, word: bytes = bytes(WORD)) -> bool:
+        """Wait for all ranks; says whether all have brought the same word. Raises RankError when one is gone."""
+        if self._number:
+            [leader] = self._lines
+            self._say(leader, word)
+            return self._hear(leader) == bytes(WORD)
+        same = all([self._hear(line) == word for line in self._lines])
+        for line in self._lines:
+            self._say(line, bytes(WORD) if same else b"differ!!")
+        return same
+
+    def share(self, rows: int, columns: int) -> np.ndarray:
+        """Memory of all ranks, float32 [rows, columns]. They ask for it together, and what they had before is gone."""
+        self.agree()
+        if not self._number:
+            self._memory.truncate(rows * columns * 4)
+        self.agree()
+        return np.memmap(self._memory, np.float32, "r+", shape=(rows, columns)).view(np.ndarray)
+
+    def _say(self, line: socket.socket, word: bytes) -> None:
+        try:
+            line.sendall(word)
+        except OSError as error:
+            raise self._gone(line) from error
+
+    def _hear(self, line: socket.socket) -> bytes:
+        try:
+            word = line.recv(WORD, socket.MSG_WAITALL)
+        except OSError as error:
+            raise self._gone(line) from error
+        if len(word) < WORD:
+            raise self._gone(line)
+        return word
+
+    def _gone(self, line: socket.socket) -> RankError:
+        who = 0 if self._number else 1 + self._lines.index(line)
+        return RankError(f"expected rank {who} to take part in the next step, it is gone; what was saved stands")
+
+
+def shared_memory() -> IO[bytes]:
+    """A file without a name, for `Meeting`: nothing of it is left when the last rank ends, however that ends."""
+    return tempfile.TemporaryFile(dir=SHARED if os.path.isdir(SHARED) else None)
