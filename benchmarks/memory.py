@@ -35,8 +35,8 @@ def training(quick: bool) -> Iterator[Row]:
     (_, others), lead = in_child(trained, *case, 2, seconds)
     what = f"training, {network}, {size} px, batch {batch}"
     yield Row(f"memory: {what}", one, "MiB")
-    for number, size in enumerate((lead, *others)):
-        yield Row(f"memory: the same, rank {number} of {1 + len(others)}", size, "MiB", size / one, "one process")
+    for number, most in enumerate((lead, *others)):
+        yield Row(f"memory: the same, rank {number} of {1 + len(others)}", most, "MiB", most / one, "one process")
 
 
 def drawn(count: int) -> None:

@@ -23,6 +23,7 @@ from measuring import Row, alone, interleaved, rate, timed
 
 import ssld
 from ssld.contracts import Task
+from ssld.graph import Plan
 from ssld.inputs import Inputs
 from ssld.journal import Journal
 from ssld.preview.trial import endless, paced_steps, trial
@@ -48,7 +49,7 @@ def step_speeds(folder: Path, images: int, journal: Journal, seconds: float) -> 
     own, taught = (trial(plan, plan.nodes[0], "cpu", journal, inputs.ranks) for plan in (hard, soft))
     taught = replace(taught, soft=inputs.soft.labels(soft.nodes[0]))
 
-    def speed(task: Task[Any], plan: Any) -> float:
+    def speed(task: Task[Any], plan: Plan) -> float:
         return paced_steps(plan.nodes[0].kind.run, endless(task, BATCH), seconds)
 
     return {"supervised": lambda: speed(own, hard), "stored": lambda: speed(taught, soft)}
