@@ -79,7 +79,8 @@ class Member:
         except SsldError as error:
             return error
         except Empty:
-            return None
+            pass
+        return None
 
 
 class Crew:

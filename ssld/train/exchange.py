@@ -78,7 +78,7 @@ def _mark(network: nn.Layer) -> bytes:
     """A hash of all weights."""
     found = hashlib.blake2b(digest_size=WORD)
     for tensor in network.state_dict().values():
-        found.update(np.ascontiguousarray(tensor.numpy()))
+        found.update(tensor.numpy().tobytes())
     return found.digest()
 
 

@@ -16,6 +16,7 @@ from ssld.contracts import Arrays, Model, Task
 from ssld.errors import PluginError, RecipeError
 from ssld.seeds import derive
 from ssld.settings import TrainingSettings
+from ssld.train import memory
 
 
 def build(name: str, options: Mapping[str, Any], classes: int, seed: int = 0) -> nn.Layer:
@@ -36,7 +37,7 @@ def build(name: str, options: Mapping[str, Any], classes: int, seed: int = 0) ->
 
 
 def use_device(device: str) -> str:
-    """Let paddle compute there, a step in its own number of threads; returns paddle's name for the device.
+    """Let paddle compute there, a step in its own number of threads and memory; returns paddle's name for the device.
 
     Raises RecipeError where this paddle cannot.
     """
@@ -51,6 +52,7 @@ def use_device(device: str) -> str:
     paddle.device.set_device(device)
     core.set_num_threads(threads.of_step())
     threads.one()
+    memory.keep()
     return str(paddle.device.get_device())
 
 
