@@ -323,7 +323,9 @@ class Runner:
         )
         for line in differences(reached.state["environment"], environment()) if reached else ():
             journal.note(f"warning: the same weights as in an unbroken run are not promised, since {line}")
-        if node.settings.stored:
+        if node.settings.stored and crew.members:
+            # before a poor teacher is asked about the whole pool
+            inputs.soft.check(node)
             crew.label(node.name, lambda number, of: inputs.soft.label(node, number, of))
         task = inputs.task(node, reached)
         crew.train(node.name)

@@ -77,7 +77,8 @@ class SoftSource:
         for store, member in self.members.stores(node):
             mine = part(range(len(samples.shard_ids)), number, of)
             lacking = [shard for shard in self._opened(store, samples).lacking if shard in mine]
-            written = self._make(store, member, samples, lacking, budget)
+            share = f", part {number} of {of}" if of > 1 else ""
+            written = self._make(store, member, samples, lacking, budget, share)
             done.append(Labelled(node.name, member.who, written, len(store.missing(samples)), store.directory))
         return done
 
@@ -117,9 +118,11 @@ class SoftSource:
         reader.expect_same_views()
         return reader
 
-    def _make(self, store: Store, member: Member, samples: Samples, shards: Sequence[int], budget: int) -> int:
+    def _make(
+        self, store: Store, member: Member, samples: Samples, shards: Sequence[int], budget: int, share: str = ""
+    ) -> int:
         if not shards:
             return 0
-        with self.journal.labelling(f"labelling {samples.name} by {member.who}") as progress:
+        with self.journal.labelling(f"labelling {samples.name} by {member.who}{share}") as progress:
             work = Work(Damage(budget, self.journal.met), self.stop, progress)
             return label(store, member.teacher, samples, shards, work)
