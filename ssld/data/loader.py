@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 R = TypeVar("R")
 
+HANDED_OVER = 8
+"""Images that a thread takes on at a time, at most."""
+
 
 @dataclass(frozen=True, eq=False)
 class Batch:
@@ -251,15 +254,28 @@ def _in_order(
     if workers == 0:
         yield from map(function, items)
         return
-    waiting_items = iter(items)
+    # to hand over one image at a time would take the step's thread a twentieth of a millisecond for each
+    size = max(1, min(HANDED_OVER, ahead // 4))
+    chunks = batched(items, size)
     pool = ThreadPoolExecutor(decoders() if workers is None else workers, thread_name_prefix="ssld-decode")
+
+    def work(chunk: tuple[T, ...]) -> list[R]:
+        return [function(item) for item in chunk]
+
     try:
-        futures = deque(pool.submit(function, item) for item in islice(waiting_items, max(1, ahead)))
+        futures = deque(pool.submit(work, chunk) for chunk in islice(chunks, max(1, ahead // size)))
         while futures:
-            yield futures.popleft().result()
-            futures.extend(pool.submit(function, item) for item in islice(waiting_items, 1))
+            yield from futures.popleft().result()
+            futures.extend(pool.submit(work, chunk) for chunk in islice(chunks, 1))
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def batched(items: Iterable[T], size: int) -> Iterator[tuple[T, ...]]:
+    """Tuples of `size` items, as itertools.batched of Python 3.12; the last may be short."""
+    waiting = iter(items)
+    while chunk := tuple(islice(waiting, size)):
+        yield chunk
 
 
 def _batches(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import paddle
@@ -16,6 +17,8 @@ from ssld.contracts import Soft, Task
 from ssld.data.loader import Batch, Damage, training_batches
 from ssld.data.transforms import Pipeline, normalize
 from ssld.errors import DataError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -59,11 +62,23 @@ def feed(task: Task[Any], pipeline: Pipeline, start: int, total: int, damage: Da
         replay=soft.replay if soft else None,
     )
 
-    def target(batch: Batch) -> Target:
-        images = normalize(batch.images[0], pipeline.mean, pipeline.std)
-        return Target(batch.step, images, batch.keys, batch.labels, soft.of(batch) if soft else None)
+    def normalized(batches: Iterable[Batch]) -> Iterator[tuple[Batch, np.ndarray]]:
+        for batch in islice(batches, total - start):
+            yield batch, normalize(batch.images[0], pipeline.mean, pipeline.std)
 
-    # a teacher is asked in this thread: its engine holds the interpreter while it runs, so a thread of its own would
-    # gain nothing, and with several OpenMP threads it would change the bits of the step beside it
-    with closing(batches):
-        yield from map(target, islice(batches, total - start))
+    with closing(batches), closing(one_ahead(normalized(batches))) as ready:
+        for batch, images in ready:
+            # a teacher is asked in this thread: its engine holds the interpreter while it runs, so a thread of its own
+            # would gain nothing, and its threads would change the bits of the step beside it
+            taught = soft.of(batch) if soft else None
+            yield Target(batch.step, images, batch.keys, batch.labels, taught)
+
+
+def one_ahead(items: Iterator[T]) -> Generator[T, None, None]:
+    """The same items; while one is worked on, a thread makes the next."""
+    end = object()
+    with ThreadPoolExecutor(1, thread_name_prefix="ssld-feed") as pool:
+        coming = pool.submit(next, items, end)
+        while (item := coming.result()) is not end:
+            coming = pool.submit(next, items, end)
+            yield cast(T, item)
