@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from ssld.files import writable
 from ssld.graph import Node
 from ssld.inputs import Inputs
-from ssld.train import convolution, losses, networks
+from ssld.train import compiling, losses, networks
 
 
 def preflight(nodes: Sequence[Node], inputs: Inputs) -> None:
@@ -20,7 +20,7 @@ def preflight(nodes: Sequence[Node], inputs: Inputs) -> None:
     for node in nodes:
         settings = node.settings
         network = networks.build(settings.student.name, settings.student.options, len(plan.data.classes))
-        convolution.prepare(network, inputs.journal.note)
+        compiling.prepare(network, inputs.journal.note)
         if settings.start is not None and settings.start not in settings.inputs:
             weights = inputs.initial(node)
             assert weights is not None, "the stage names a file"

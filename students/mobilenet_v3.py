@@ -19,6 +19,7 @@ from paddle.regularizer import L2Decay
 
 from ssld.errors import RecipeError
 from ssld.train.convolution import Conv2D
+from ssld.train.normalization import BatchNorm, ConvNorm
 
 STEM_WIDTH = 16
 FEATURES = 1280
@@ -84,8 +85,8 @@ def _conv_bn(
     conv = Conv2D(width_in, width, kernel, stride, padding=kernel // 2, groups=groups, bias_attr=False)
     undecayed = paddle.ParamAttr(regularizer=L2Decay(0.0))
     # not BatchNorm2D: the same numbers, but paddle 3.3.1 warns at every step of training
-    bn = nn.BatchNorm(width, momentum=0.9, epsilon=1e-5, param_attr=undecayed, bias_attr=undecayed)
-    return nn.Sequential(("conv", conv), ("bn", bn), *([("act", act())] if act else []))
+    bn = BatchNorm(width, momentum=0.9, epsilon=1e-5, param_attr=undecayed, bias_attr=undecayed)
+    return ConvNorm(("conv", conv), ("bn", bn), *([("act", act())] if act else []))
 
 
 class SqueezeExcite(nn.Layer):

@@ -16,6 +16,7 @@ from paddle.nn import functional as F
 
 from ssld.errors import RecipeError
 from ssld.train.convolution import Conv2D
+from ssld.train.normalization import BatchNorm, ConvNorm
 
 STEM_WIDTH = 64
 STAGE_WIDTHS = (64, 128, 256, 512)
@@ -24,11 +25,11 @@ STAGE_WIDTHS = (64, 128, 256, 512)
 def _conv_bn(width_in: int, width: int, kernel: int, stride: int = 1) -> list[tuple[str, nn.Layer]]:
     conv = Conv2D(width_in, width, kernel, stride, padding=kernel // 2, bias_attr=False)
     # not BatchNorm2D: the same numbers, but paddle 3.3.1 warns at every step of training
-    return [("conv", conv), ("bn", nn.BatchNorm(width, momentum=0.9, epsilon=1e-5))]
+    return [("conv", conv), ("bn", BatchNorm(width, momentum=0.9, epsilon=1e-5))]
 
 
 def _conv_bn_relu(width_in: int, width: int, kernel: int, stride: int = 1) -> nn.Sequential:
-    return nn.Sequential(*_conv_bn(width_in, width, kernel, stride), ("act", nn.ReLU()))
+    return ConvNorm(*_conv_bn(width_in, width, kernel, stride), ("act", nn.ReLU()))
 
 
 def _shortcut(width_in: int, width: int, stride: int) -> nn.Sequential:

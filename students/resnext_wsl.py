@@ -15,6 +15,7 @@ from paddle.nn import functional as F
 
 from ssld.errors import RecipeError
 from ssld.train.convolution import Conv2D
+from ssld.train.normalization import BatchNorm, ConvNorm
 
 GROUPS = 32
 STEM_WIDTH = 64
@@ -25,8 +26,8 @@ DEPTHS = (3, 4, 23, 3)
 def _conv_bn(width_in: int, width: int, kernel: int, stride: int = 1, groups: int = 1, relu: bool = True) -> nn.Layer:
     conv = Conv2D(width_in, width, kernel, stride, padding=kernel // 2, groups=groups, bias_attr=False)
     # not BatchNorm2D: the same numbers, but paddle 3.3.1 warns at every step of training
-    bn = nn.BatchNorm(width, momentum=0.9, epsilon=1e-5)
-    return nn.Sequential(("_conv", conv), ("_bn", bn), *([("_act", nn.ReLU())] if relu else []))
+    bn = BatchNorm(width, momentum=0.9, epsilon=1e-5)
+    return ConvNorm(("_conv", conv), ("_bn", bn), *([("_act", nn.ReLU())] if relu else []))
 
 
 class Block(nn.Layer):

@@ -6,8 +6,8 @@ and to other ranks.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,11 +15,8 @@ import paddle
 from paddle import nn
 from paddle.autograd import PyLayer
 
-from ssld.environment import numba_version
 from ssld.train import compiling, dense, depthwise
-
-NOTED = 2.0
-"""Seconds of compiling that are worth a line."""
+from ssld.train.compiling import empty, view
 
 
 class Kernels(Protocol):
@@ -55,9 +52,15 @@ class Kernels(Protocol):
         """Carry the gradient on, to images and to weight; an empty array wants none."""
 
 
-def view(tensor: paddle.Tensor) -> np.ndarray:
-    """The memory of a tensor on the CPU; a copy where it is not laid out row by row."""
-    return np.ascontiguousarray(np.from_dlpack(tensor.detach()))
+def trial(kernels: Kernels) -> None:
+    """Call the kernels once, on next to nothing."""
+    images, weight = np.zeros((1, 1, 2, 2), np.float32), np.zeros((1, 1, 3, 3), np.float32)
+    kernels.convolve(images, weight, np.zeros(1, np.float32), 1, 1, 1, images.copy())
+    kernels.differentiate(images, weight, images.copy(), 1, 1, 1, images.copy(), weight.copy())
+
+
+MODULES: tuple[Kernels, ...] = (dense, depthwise)
+TRIALS = {kernels: partial(trial, kernels) for kernels in MODULES}
 
 
 class Convolution(PyLayer):
@@ -78,7 +81,7 @@ class Convolution(PyLayer):
         ctx.asked = kernels, stride, padding[0], padding[2]
         ctx.wanted = [not tensor.stop_gradient for tensor in (x, weight, bias) if tensor is not None]
         size = out_size(x.shape, weight.shape, stride, padding)
-        out = paddle.empty([x.shape[0], weight.shape[0], *size], "float32")
+        out = empty([x.shape[0], weight.shape[0], *size])
         shift = np.zeros(weight.shape[0], np.float32) if bias is None else view(bias)
         kernels.convolve(view(x), view(weight), shift, stride, padding[0], padding[2], view(out))
         return out
@@ -89,8 +92,8 @@ class Convolution(PyLayer):
         (x, weight), gradient = ctx.saved_tensor(), view(args[0])
         kernels, stride, top, left = ctx.asked
         want_x, want_weight, *want_bias = ctx.wanted
-        to_x = paddle.empty(x.shape if want_x else [0] * 4, "float32")
-        to_weight = paddle.empty(weight.shape if want_weight else [0] * 4, "float32")
+        to_x = empty(x.shape if want_x else [0] * 4)
+        to_weight = empty(weight.shape if want_weight else [0] * 4)
         kernels.differentiate(view(x), view(weight), gradient, stride, top, left, view(to_x), view(to_weight))
         found = [to_x if want_x else None, to_weight if want_weight else None]
         if want_bias:
@@ -105,7 +108,7 @@ def out_size(x: Sequence[int], weight: Sequence[int], stride: int, padding: Sequ
     return (x[2] + top + bottom - weight[2]) // stride + 1, (x[3] + left + right - weight[3]) // stride + 1
 
 
-class Conv2D(nn.Conv2D):
+class Conv2D(nn.Conv2D, compiling.Fast):
     """paddle's Conv2D: the same parameters, by the same names, with the same first values.
 
     In training on a CPU it computes what our kernels know by them, where numba is installed and SSLD_FAST_CONV is not
@@ -115,9 +118,8 @@ class Conv2D(nn.Conv2D):
     """
 
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
-        kernels = self.kernels()
-        # an export traces the layer outside of dynamic mode
-        if not (kernels and self.training and paddle.in_dynamic_mode() and self._takes(x)):
+        kernels = self.kernels() if self.training else None
+        if not (kernels and self._takes(x)):
             return super().forward(x)
         apply: Callable[..., paddle.Tensor] = Convolution.apply
         return apply(x, self.weight, self.bias, kernels, self._stride[0], self._pads())
@@ -126,8 +128,7 @@ class Conv2D(nn.Conv2D):
         """What computes this geometry, if it is wanted; None where paddle does."""
         stride = self._stride[0]
         ours = (
-            compiling.COMPILED
-            and bool(numba_version())
+            compiling.wanted()
             and tuple(self._stride) == (stride, stride)
             and tuple(self._dilation) == (1, 1)
             and self._padding_algorithm != "SAME"
@@ -141,6 +142,10 @@ class Conv2D(nn.Conv2D):
         square = tuple(self._kernel_size) in ((3, 3), (5, 5))
         return depthwise if square and self._groups == self._out_channels and stride in (1, 2) else None
 
+    def trial(self) -> Callable[[], None] | None:
+        kernels = self.kernels()
+        return TRIALS[kernels] if kernels else None
+
     def _pads(self) -> tuple[int, int, int, int]:
         pads = self._updated_padding
         top, bottom, left, right = pads if len(pads) == 4 else (pads[0], pads[0], pads[1], pads[1])
@@ -152,24 +157,9 @@ class Conv2D(nn.Conv2D):
         return (
             paddle.is_grad_enabled()
             and not all(tensor.stop_gradient for tensor in tensors)
-            and all(tensor.dtype == paddle.float32 for tensor in tensors)
-            and paddle.device.get_device() == "cpu"
+            and compiling.known(*tensors)
             and x.ndim == 4
             and x.shape[0] > 0
             and x.shape[1] == self._in_channels
             and min(out_size(x.shape, self.weight.shape, self._stride[0], self._pads())) > 0
         )
-
-
-def prepare(network: nn.Layer, note: Callable[[str], None]) -> None:
-    """Compile what the network trains with; say so where it took long, which it does once on each kind of processor."""
-    convolutions = [layer for layer in network.sublayers(include_self=True) if isinstance(layer, Conv2D)]
-    began, before = time.monotonic(), compiling.compilations()
-    for kernels in filter(None, {layer.kernels() for layer in convolutions}):
-        images, weight = np.zeros((1, 1, 2, 2), np.float32), np.zeros((1, 1, 3, 3), np.float32)
-        kernels.convolve(images, weight, np.zeros(1, np.float32), 1, 1, 1, images.copy())
-        kernels.differentiate(images, weight, images.copy(), 1, 1, 1, images.copy(), weight.copy())
-    seconds = time.monotonic() - began
-    # a busy machine may take as long to load what it finds in the cache
-    if compiling.compilations() > before and seconds > NOTED:
-        note(f"convolutions compiled for this processor in {seconds:.0f} s; later runs find them in the cache")

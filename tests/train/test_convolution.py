@@ -20,7 +20,7 @@ from paddle.base import core
 from paddle.nn import functional as F
 
 from ssld import environment
-from ssld.train import compiling, convolution, dense, depthwise, networks
+from ssld.train import compiling, dense, depthwise, networks
 from ssld.train.convolution import Conv2D
 from ssld.train.momentum import Momentum
 
@@ -395,16 +395,16 @@ def test_what_took_long_to_compile_is_said_and_not_what_was_in_the_cache(
 ):
     found = iter([7, 7 + misses])
     monkeypatch.setattr(compiling, "compilations", lambda: next(found))
-    monkeypatch.setattr(convolution, "NOTED", seconds)
+    monkeypatch.setattr(compiling, "NOTED", seconds)
     lines = []
-    convolution.prepare(nn.Sequential(layer(kind, 3), layer(kind, 3)), lines.append)
+    compiling.prepare(nn.Sequential(layer(kind, 3), layer(kind, 3)), lines.append)
     assert calls == step_of(kind)
     assert ["compiled for this processor" in line for line in lines] == [True] * said
 
 
 def test_after_preparing_nothing_is_left_to_compile(kind):
     conv = layer(kind, 3, padding=1)
-    convolution.prepare(conv, lambda line: None)
+    compiling.prepare(conv, lambda line: None)
     before = compiling.compilations()
     conv(tensor(noise(2, 3, 8, 8))).sum().backward()
     assert compiling.compilations() == before
@@ -412,7 +412,7 @@ def test_after_preparing_nothing_is_left_to_compile(kind):
 
 @pytest.mark.parametrize("network", [nn.Conv2D(3, 3, 3, groups=3), layer("depthwise", 3, 7)])
 def test_nothing_is_compiled_for_a_network_that_paddle_computes(calls, network, monkeypatch):
-    monkeypatch.setattr(convolution, "NOTED", 0.0)
+    monkeypatch.setattr(compiling, "NOTED", 0.0)
     lines = []
-    convolution.prepare(network, lines.append)
+    compiling.prepare(network, lines.append)
     assert calls == lines == []
