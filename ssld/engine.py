@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from ssld.changes import Old, refusal, what_changed
 from ssld.environment import environment
-from ssld.errors import ChangedError, CheckpointError, Interrupted, RecipeError, SsldError, StorageError
+from ssld.errors import ChangedError, CheckpointError, Interrupted, RankError, RecipeError, SsldError, StorageError
 from ssld.graph import Node, Plan, make_plan
 from ssld.inputs import Inputs
 from ssld.journal import Journal
@@ -23,6 +23,7 @@ from ssld.recipe import Recipe, differences, dump, read_recipe
 from ssld.rundir import Options, RunDirectory, Status
 from ssld.signals import Stop
 from ssld.soft import Labelled
+from ssld.threads import shared_by
 
 if TYPE_CHECKING:
     from ssld.crew import Crew
@@ -51,8 +52,8 @@ def run(
     directory = RunDirectory.of(read.name, out).path
     plan = make_plan(read, limit=limit)
     last = plan.find(str(until)) if until is not None else None
-    had = RunDirectory(directory).recorded()[1].nproc if nproc is None and RunDirectory(directory).exists() else 1
-    return Runner(directory, plan, Options(device, limit, trust_teacher, nproc or had)).run(rerun=rerun, last=last)
+    count = RunDirectory(directory).ranks() if nproc is None else nproc
+    return Runner(directory, plan, Options(device, limit, trust_teacher, count)).run(rerun=rerun, last=last)
 
 
 def resume(out: str | Path | None = None, *, stage: str | int | None = None, nproc: int | None = None) -> Overview:
@@ -63,7 +64,7 @@ def resume(out: str | Path | None = None, *, stage: str | int | None = None, npr
     """
     directory = existing_run(out)
     recipe, options = RunDirectory(directory).recorded()
-    options = replace(options, nproc=nproc or options.nproc)
+    options = options if nproc is None else replace(options, nproc=nproc)
     plan = make_plan(recipe, limit=options.limit)
     first = plan.find(str(stage)) if stage is not None else None
     return Runner(directory, plan, options).run(first=first)
@@ -197,7 +198,7 @@ class Runner:
             except SsldError as error:
                 if not isinstance(error, ChangedError):
                     journal.detail(f"Error: {error}")
-                if isinstance(error, Interrupted | StorageError) and self.directory.exists():
+                if isinstance(error, Interrupted | RankError | StorageError) and self.directory.exists():
                     error.add_note(f"continue: ssld resume --out {shlex.quote(str(self.directory.path))}")
                 raise
             finally:
@@ -214,20 +215,23 @@ class Runner:
         if changed and not rerun:
             raise refusal(self.directory.path, changed, why)
         left = [node for node, status in before if status.kind != "done" or node in again]
-        self._expect_shares(left)
         wanted = self.plan.nodes[: self.plan.nodes.index(last) + 1] if last is not None else self.plan.nodes
         todo = [node for node in left if node in wanted]
+        self._expect_shares(todo)
         complete = todo == left
         fresh = bool(todo) or (complete and self._untested())
         if fresh:
             reason = f"starting again from stage {first.number} {first.name}" if first else "; ".join(why)
-            self._work(todo, Old((*changed, *again), before, reason), journal, complete)
+            with shared_by(self.options.nproc):
+                self._work(todo, Old((*changed, *again), before, reason), journal, complete)
         after = self._statuses(journal)
         return Overview(self.directory.path, tuple(after), fresh=fresh, test=self._test_metrics())
 
     def _expect_shares(self, nodes: Sequence[Node]) -> None:
         """Raise RecipeError for more ranks than the batches feed."""
         count, device = self.options.nproc, self.options.device
+        if count < 1:
+            raise RecipeError(f"nproc: expected at least 1 process, got {count}")
         if count > 1 and device != "cpu":
             raise RecipeError(f"--nproc {count}: expected --device cpu, got {device}; leave one of the two out")
         # batch norms need two images
@@ -277,7 +281,8 @@ class Runner:
                 self._begin()
                 old.set_aside(self.directory, journal)
             self._describe(journal)
-            with Crew(self.directory.path, self.options.nproc, journal.note) as crew:
+            count = self.options.nproc if todo else 1
+            with Crew(self.directory.path, count, journal.met, lambda: self.stop.number) as crew:
                 inputs = replace(inputs, ranks=crew.ranks)
                 for node in todo:
                     self._run_stage(node, inputs, crew)
@@ -319,16 +324,19 @@ class Runner:
         journal.note(
             f"[{journal.place}] {settings.kind} {settings.student.name} ({position} of {len(self.plan.nodes)} stages), "
             f"{node.samples} images, {node.steps} steps at {settings.resolution} px, lr {settings.learning_rate:.3g}"
+            + (f" on {crew.count} ranks" if crew.count > 1 else "")
             + (f", going on after step {reached.step}" if reached else "")
         )
         for line in differences(reached.state["environment"], environment()) if reached else ():
             journal.note(f"warning: the same weights as in an unbroken run are not promised, since {line}")
-        if node.settings.stored and crew.members:
+        if node.settings.stored and crew.followers:
             # before a poor teacher is asked about the whole pool
             inputs.soft.check(node)
-            crew.label(node.name, lambda number, of: inputs.soft.label(node, number, of))
+            crew.tell(label=node.name)
+            inputs.soft.label(node, 1, crew.count)
+            crew.expect("labelled")
         task = inputs.task(node, reached)
-        crew.train(node.name)
+        crew.tell(train=node.name, fingerprint=node.fingerprint, step=reached.step if reached else 0)
         outcome = node.kind.run(task)
         self.directory.save(node, task, outcome.state, outcome.metrics)
         journal.record("finished", stage=node.name, **outcome.metrics)

@@ -11,8 +11,8 @@ from typing import Any, cast
 
 import numpy as np
 
-RANKS = "PADDLE_TRAINERS_NUM"
-"""The variable by which a process knows how many train together, in paddle and here; one where it is not set."""
+RANKS = "SSLD_RANKS"
+"""The variable by which a process knows how many train together; one where it is not set."""
 PADDLE, PADDLE_GPU = "paddlepaddle", "paddlepaddle-gpu"
 
 

@@ -1,11 +1,9 @@
-"""A rank that follows rank 0, which starts it: `python -m ssld.follower RUN NUMBER COUNT LINE MEMORY`."""
+"""A rank that follows rank 0, which starts it: `python -m ssld.follower RUN NUMBER COUNT SOCKET MEMORY`."""
 
 from __future__ import annotations
 
-import io
 import json
 import os
-import signal
 import socket
 import sys
 import threading
@@ -17,7 +15,7 @@ from typing import IO, Any
 from rich.console import Console
 
 from ssld.contracts import Ranks
-from ssld.errors import Interrupted, RankError, SsldError
+from ssld.errors import ChangedError, Interrupted, RankError, SsldError
 from ssld.graph import make_plan
 from ssld.inputs import Inputs
 from ssld.journal import Journal
@@ -27,8 +25,8 @@ from ssld.train.networks import use_device
 from ssld.train.ranks import Meeting
 
 
-class Line:
-    """What connects this process with rank 0; when rank 0 is gone or wants no more, the process ends, in a step too."""
+class Boss:
+    """Rank 0, seen from here; when it is gone or wants no more, the process ends, in the middle of a step too."""
 
     def __init__(self) -> None:
         self.wanted: Queue[dict[str, Any]] = Queue()
@@ -42,7 +40,7 @@ class Line:
             self.wanted.put(json.loads(line))
         os._exit(0)
 
-    def say(self, **message: Any) -> None:
+    def tell(self, **message: Any) -> None:
         self.out.write(json.dumps(message) + "\n")
         self.out.flush()
 
@@ -50,50 +48,54 @@ class Line:
 class Whisper(Journal):
     """Keeps no log and shows nothing; rank 0 is told what it cannot meet itself."""
 
-    def __init__(self, line: Line) -> None:
-        super().__init__(None, Console(file=io.StringIO()))
-        self.line = line
+    def __init__(self, boss: Boss) -> None:
+        super().__init__(None, Console(quiet=True))
+        self.boss = boss
 
     def met(self, text: str) -> None:
-        self.line.say(note=text)
+        self.boss.tell(note=text)
 
 
-def follow(directory: Path, ranks: Ranks, line: Line) -> None:
+def follow(directory: Path, ranks: Ranks, boss: Boss) -> None:
     """Compute a rank's share of what rank 0 does in the run."""
     run = RunDirectory(directory)
     recipe, options = run.recorded()
-    plan, journal = make_plan(recipe, limit=options.limit), Whisper(line)
+    plan, journal = make_plan(recipe, limit=options.limit), Whisper(boss)
     use_device(options.device)
-    # paddle takes SIGTERM for itself when it is imported; a signal to the whole group is rank 0's to act upon
-    for number_of_signal in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number_of_signal, signal.SIG_IGN)
     inputs = Inputs.of(run, plan, options, journal, lambda: None, ranks)
     while True:
-        wanted = line.wanted.get()
+        wanted = boss.wanted.get()
         if "label" in wanted:
             inputs.soft.label(plan.node(wanted["label"]), ranks.number + 1, ranks.count)
-            line.say(labelled=True)
+            boss.tell(word="labelled")
         elif "attempt" in wanted:
             node = plan.node(wanted["attempt"])
             with suppress(Interrupted):
                 node.kind.run(endless(trial(plan, node, options.device, journal, ranks), wanted["batch"]))
+            boss.tell(word="attempted")
         else:
             node = plan.node(wanted["train"])
-            node.kind.run(inputs.task(node, run.reached(node, journal.note)))
+            reached = run.reached(node, journal.note)
+            if (node.fingerprint, reached.step if reached else 0) != (wanted["fingerprint"], wanted["step"]):
+                raise ChangedError(
+                    f"{node.name}: expected what rank 0 has found, step {wanted['step']}, got "
+                    f"{f'step {reached.step}' if reached else 'none'}, or other data; do not change them during a run"
+                )
+            node.kind.run(inputs.task(node, reached))
 
 
 def main() -> int:
     """Ends with the code of the error that it met, which rank 0 was told."""
     number, count, connection, memory = map(int, sys.argv[2:])
-    line = Line()
+    boss = Boss()
     try:
         meeting = Meeting(number, [socket.socket(fileno=connection)], os.fdopen(memory, "r+b"))
-        follow(Path(sys.argv[1]), Ranks(number, count, meeting), line)
+        follow(Path(sys.argv[1]), Ranks(number, count, meeting), boss)
     except (Interrupted, RankError) as error:
-        # rank 0 knows of the signal, and has missed the other rank as well
+        # rank 0 knows of the signal, and meets what all ranks have met
         return error.exit_code
     except SsldError as error:
-        line.say(error=type(error).__name__, message=str(error))
+        boss.tell(error=type(error).__name__, message=str(error))
         return error.exit_code
     return 0
 

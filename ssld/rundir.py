@@ -115,6 +115,13 @@ class RunDirectory:
             ) from error
         return recipe.read_recipe(self.path / "recipe.yaml"), options
 
+    def ranks(self) -> int:
+        """How many ranks the run has had; one where there is no run, or none whose options can be read."""
+        try:
+            return self.recorded()[1].nproc if self.exists() else 1
+        except CheckpointError:
+            return 1
+
     def labels(self, node: Node) -> Path:
         """Where the soft labels of a stage are kept."""
         stored = node.settings.stored

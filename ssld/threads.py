@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from threadpoolctl import threadpool_limits
@@ -31,14 +33,27 @@ def cores() -> int:
     return bound if quota == "max" else min(bound, max(1, math.ceil(int(quota) / int(period))))
 
 
+@contextmanager
+def shared_by(ranks: int) -> Iterator[None]:
+    """So many processes compute at once in here, this one and those that it starts."""
+    before = os.environ.get(RANKS)
+    os.environ[RANKS] = str(ranks)
+    try:
+        yield
+    finally:
+        del os.environ[RANKS]
+        if before is not None:
+            os.environ[RANKS] = before
+
+
 def share() -> int:
     """Cores of this rank, where all ranks of the run compute at once."""
     return max(1, cores() // int(os.environ.get(RANKS, "1")))
 
 
-def decoders() -> int:
-    """Threads that decode and render images; more than a few wait for each other, since Python runs one at a time."""
-    return min(4, share())
+def decoders(free: int) -> int:
+    """Threads that decode and render on so many cores; more than a few wait for each other, as Python runs one."""
+    return min(4, free)
 
 
 def of_step() -> int:

@@ -22,7 +22,7 @@ from ssld.data.order import Order
 from ssld.data.transforms import Pipeline
 from ssld.errors import DataError
 from ssld.seeds import derive
-from ssld.threads import decoders
+from ssld.threads import decoders, share
 
 if TYPE_CHECKING:
     from ssld.data.samples import Samples
@@ -257,7 +257,7 @@ def _in_order(
     # to hand over one image at a time would take the step's thread a twentieth of a millisecond for each
     size = max(1, min(HANDED_OVER, ahead // 4))
     chunks = batched(items, size)
-    pool = ThreadPoolExecutor(decoders() if workers is None else workers, thread_name_prefix="ssld-decode")
+    pool = ThreadPoolExecutor(decoders(share()) if workers is None else workers, thread_name_prefix="ssld-decode")
 
     def work(chunk: tuple[T, ...]) -> list[R]:
         return [function(item) for item in chunk]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import shutil
 import tempfile
 import time
@@ -18,10 +17,11 @@ from rich.console import Console
 
 from ssld import plugins, threads
 from ssld.contracts import Ranks, Task
-from ssld.crew import Crew
+from ssld.crew import PARTING, Crew
 from ssld.data.loader import Batch, Damage, Replay, training_batches, view_batches
 from ssld.data.transforms import normalize
 from ssld.engine import overview
+from ssld.errors import RankError
 from ssld.graph import Node, make_plan, model, pipeline
 from ssld.journal import Journal
 from ssld.members import Members, who
@@ -43,6 +43,8 @@ LONGEST = 3.0
 """Seconds of one measurement: more would make it little better."""
 BATCH = 64
 """Images that a network which only answers is shown at a time, as in labelling and evaluation."""
+MOST_RANKS, ON_A_RANK = 8, 8
+"""Ranks that are tried, and the images of a batch that each must have: with fewer, what all do is most of a step."""
 READ = 16
 """Images in a batch where only reading is measured."""
 
@@ -63,7 +65,7 @@ def measure(
     plan = make_plan(read, limit=limit)
     found = overview(RunDirectory.of(read.name, out).path, plan)
     networks.use_device(device)
-    journal = Journal(None, Console(file=io.StringIO()))
+    journal = Journal(None, Console(quiet=True))
     try:
         members = Members(RunDirectory(found.directory), plan, Options(device, limit), journal.note)
         return Probe(members, found, journal).costs()
@@ -148,24 +150,31 @@ class Probe:
         return self._on_ranks(costs)
 
     def _on_ranks(self, costs: list[Cost]) -> list[Cost]:
-        """The same, with how fast the training is on as many ranks as there are cores."""
-        count = threads.cores()
-        able = [cost for cost in costs if cost.speeds and cost.speeds.batch >= SMALLEST * count]
-        if count == 1 or self.members.options.device != "cpu" or not able:
+        """The same, with how fast the training is on several ranks: one for each core, up to MOST_RANKS."""
+        batches = [cost.node.settings.batch_size for cost in costs if cost.speeds]
+        count = min(threads.cores(), MOST_RANKS, max(batches, default=0) // ON_A_RANK)
+        if count < 2 or self.members.options.device != "cpu":
             return costs
-        self.budget = Budget(len(able), ON_RANKS)
+        self.budget = Budget(len(batches), ON_RANKS)
         with tempfile.TemporaryDirectory(prefix="ssld-") as scratch:
             run = RunDirectory(Path(scratch))
             run.begin(dump(self.plan.recipe), replace(self.members.options, nproc=count))
-            with Crew(run.path, count, self.journal.note) as crew:
-                return [self._shared(cost, crew) if cost in able else cost for cost in costs]
+            try:
+                with threads.shared_by(count), Crew(run.path, count, self.journal.note) as crew:
+                    return [self._shared(cost, crew) for cost in costs]
+            except RankError:
+                # a rank may want more memory than there is; what one rank takes is known
+                return costs
 
     def _shared(self, cost: Cost, crew: Crew) -> Cost:
         node, speeds = cost.node, cost.speeds
-        assert speeds is not None, "measured on one rank"
-        crew.attempt(node.name, speeds.batch)
-        task = endless(self._trial(node, crew.ranks), speeds.batch)
-        speed = paced_steps(node.kind.run, task, self.budget.share())
+        if speeds is None or node.settings.batch_size < SMALLEST * crew.count:
+            return cost
+        batch = max(speeds.batch, SMALLEST * crew.count)
+        crew.tell(attempt=node.name, batch=batch)
+        speed = paced_steps(node.kind.run, endless(self._trial(node, crew.ranks), batch), self.budget.share())
+        # a kind that trains without the loop does not stop with rank 0
+        crew.expect("attempted", PARTING)
         return replace(cost, speeds=replace(speeds, shared=speed, ranks=crew.count))
 
     def _speeds(self, node: Node) -> Speeds:

@@ -10,7 +10,7 @@ from ssld.data.loader import Damage, evaluation_batches
 from ssld.data.samples import Samples
 from ssld.data.transforms import Pipeline, normalize
 from ssld.metrics import agreement, top_k
-from ssld.threads import cores
+from ssld.threads import cores, decoders
 from ssld.train.frozen import Frozen
 
 BATCH = 64
@@ -62,8 +62,8 @@ def evaluate(
 
 def answers(frozen: Frozen, samples: Samples, pipeline: Pipeline, damage: Damage) -> tuple[np.ndarray, np.ndarray]:
     """Logits [N, classes] of the samples that are readable, and their indices [N]."""
-    logits, indices = [], []
-    for batch in evaluation_batches(samples, pipeline, batch_size=BATCH, workers=cores(), damage=damage):
+    logits, indices, workers = [], [], decoders(cores())
+    for batch in evaluation_batches(samples, pipeline, batch_size=BATCH, workers=workers, damage=damage):
         logits.append(frozen(normalize(batch.images[0], pipeline.mean, pipeline.std)))
         indices.append(batch.indices)
     return np.concatenate(logits), np.concatenate(indices)

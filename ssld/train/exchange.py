@@ -19,7 +19,7 @@ class Exchange:
 
     A batch norm normalizes by the statistics of its own rank's images. What it keeps for test time is averaged in
     every step, so that all ranks, and with them every checkpoint, always hold the same network; the variance is the
-    mean of the ranks' own, without what their means differ by.
+    mean of the ranks' own, without what their means differ by. Of anything else that a layer keeps, rank 0's counts.
     """
 
     def __init__(self, network: nn.Layer, ranks: Ranks) -> None:
@@ -42,12 +42,20 @@ class Exchange:
         """
         if self._ranks.meeting is None:
             return loss, stop
-        gradients = [_memory(weight.grad) for weight in self._weights if weight.grad is not None]
+        there = np.array([weight.grad is not None for weight in self._weights], np.float32)
+        gradients = [
+            np.zeros(weight.shape, np.float32) if weight.grad is None else _memory(weight.grad)
+            for weight in self._weights
+        ]
         # the others do not change, and a mean of three equal numbers may not be equal to them
         learning = [layer for layer in self._norms if layer.training]
         statistics = [_memory(tensor) for layer in learning for tensor in (layer._mean, layer._variance)]
         facts = np.array([loss, stop or 0], np.float32)
-        self._add_up([*gradients, *statistics, facts])
+        self._add_up([*gradients, *statistics, there, facts])
+        for weight, gradient, ranks in zip(self._weights, gradients, there, strict=True):
+            # a weight that no rank has used stays without: the optimizer leaves it alone
+            if ranks and weight.grad is None:
+                weight.grad = paddle.to_tensor(gradient)
         for array in statistics:
             array /= self._ranks.count
         return float(facts[0]), int(facts[1]) or None
@@ -58,7 +66,7 @@ class Exchange:
         assert meeting is not None, "there is more than one rank"
         ends = np.cumsum([array.size for array in arrays])
         size = int(ends[-1])
-        if self._rows is None:
+        if self._rows is None or self._rows.shape[1] != size:
             self._rows = meeting.share(count + 1, size)
         own, total = self._rows[number], self._rows[count]
         for part, array in zip(np.split(own, ends[:-1]), arrays, strict=True):

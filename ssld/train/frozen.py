@@ -254,23 +254,3 @@ def _own_threads() -> Iterator[None]:
         yield
     finally:
         core.set_num_threads(of_step())
-
-
-def _compare(logits: np.ndarray, expected: np.ndarray, who: str, precision: str) -> None:
-    if not np.isfinite(expected).all():
-        raise DataError(
-            f"expected finite logits of {who}, got NaN or infinity: its weights have diverged; lower learning_rate, or "
-            f"set clip_norm"
-        )
-    off = float(np.abs(logits - expected).max())
-    limit = TOLERANCE[precision] * max(1.0, float(np.abs(expected).max()))
-    if not off <= limit:
-        cure = (
-            "look in its forward for Python values that an export makes constant"
-            if precision == "float32"
-            else f"its weights want more than {precision}: leave precision out"
-        )
-        raise SsldError(
-            f"expected the exported {who} in {precision} to answer as the layer itself does, to {limit:.2g} in every "
-            f"logit, got a difference of {off:.2g}; {cure}"
-        )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 
-MOST = 2**31 - 1
 # numbers of parameters in glibc's malloc.h
 TRIM_THRESHOLD, MMAP_MAX = -1, -4
 
@@ -18,4 +17,4 @@ def keep() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(MMAP_MAX, 0)
-        mallopt(TRIM_THRESHOLD, MOST)
+        mallopt(TRIM_THRESHOLD, -1)

@@ -17,8 +17,12 @@ from ssld.errors import RankError
 
 WORD = 8
 """Bytes."""
-SHARED = "/dev/shm"
-"""Where Linux keeps files in memory; elsewhere a temporary file is written to disk now and then, which costs little."""
+SAME, OTHER = bytes(WORD), b"\xff" * WORD
+"""What rank 0 answers."""
+
+
+class Missed(RankError):
+    """Another rank does not take part any more."""
 
 
 class Meeting:
@@ -33,20 +37,24 @@ class Meeting:
         self._lines = lines
         self._memory = memory
 
-    def agree(self, word: bytes = bytes(WORD)) -> bool:
-        """Wait for all ranks; says whether all have brought the same word. Raises RankError when one is gone."""
+    def agree(self, word: bytes = SAME) -> bool:
+        """Wait for all ranks; says whether all have brought the same word. Raises Missed when one is gone."""
         if self._number:
             [leader] = self._lines
             self._say(leader, word)
-            return self._hear(leader) == bytes(WORD)
+            return self._hear(leader) == SAME
         same = all([self._hear(line) == word for line in self._lines])
         for line in self._lines:
-            self._say(line, bytes(WORD) if same else b"differ!!")
+            self._say(line, SAME if same else OTHER)
         return same
 
     def share(self, rows: int, columns: int) -> np.ndarray:
-        """Memory of all ranks, float32 [rows, columns]. They ask for it together, and what they had before is gone."""
-        self.agree()
+        """Memory of all ranks, float32 [rows, columns]. They ask for it together, and what they had before is gone.
+
+        Raises RankError where another rank does not ask for as much.
+        """
+        if not self.agree(int(rows * columns).to_bytes(WORD, "big")):
+            raise RankError("expected all ranks to share as much memory, got different wishes; train by --nproc 1")
         if not self._number:
             self._memory.truncate(rows * columns * 4)
         self.agree()
@@ -67,11 +75,12 @@ class Meeting:
             raise self._gone(line)
         return word
 
-    def _gone(self, line: socket.socket) -> RankError:
+    def _gone(self, line: socket.socket) -> Missed:
         who = 0 if self._number else 1 + self._lines.index(line)
-        return RankError(f"expected rank {who} to take part in the next step, it is gone; what was saved stands")
+        return Missed(f"expected rank {who} to take part in the next step, it is gone; what was saved stands")
 
 
 def shared_memory() -> IO[bytes]:
     """A file without a name, for `Meeting`: nothing of it is left when the last rank ends, however that ends."""
-    return tempfile.TemporaryFile(dir=SHARED if os.path.isdir(SHARED) else None)
+    # not in /dev/shm, which is small in a container: what does not fit there ends a process without a word
+    return os.fdopen(os.memfd_create("ssld"), "w+b") if hasattr(os, "memfd_create") else tempfile.TemporaryFile()
