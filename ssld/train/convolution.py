@@ -22,7 +22,7 @@ from ssld.train.compiling import empty, view
 class Kernels(Protocol):
     """What computes a convolution and its gradient: the module depthwise, or dense.
 
-    images: [B, C, H, W]; weight: [M, C / groups, kernel height, kernel width]; bias: [M];
+    images: [B, C, H, W]; weight: [M, C / groups, kernel height, kernel width]; bias: [M], or empty;
     out, gradient: [B, M, out height, out width]; top, left: rows and columns of zeros before the image.
     """
 
@@ -59,6 +59,7 @@ def trial(kernels: Kernels) -> None:
     kernels.differentiate(images, weight, images.copy(), 1, 1, 1, images.copy(), weight.copy())
 
 
+NO_BIAS = np.empty(0, np.float32)
 MODULES: tuple[Kernels, ...] = (dense, depthwise)
 TRIALS = {kernels: partial(trial, kernels) for kernels in MODULES}
 
@@ -74,38 +75,39 @@ class Convolution(PyLayer):
         bias: paddle.Tensor | None,
         kernels: Kernels,
         stride: int,
-        padding: tuple[int, int, int, int],
+        top: int,
+        left: int,
+        shape: list[int],
     ) -> paddle.Tensor:
-        """padding: above, below, left and right."""
-        ctx.save_for_backward(x, weight)
-        ctx.asked = kernels, stride, padding[0], padding[2]
+        """shape: that of the output."""
+        ctx.kept = images, factors = view(x), view(weight)
+        ctx.asked = kernels, stride, top, left
         ctx.wanted = [not tensor.stop_gradient for tensor in (x, weight, bias) if tensor is not None]
-        size = out_size(x.shape, weight.shape, stride, padding)
-        out = empty([x.shape[0], weight.shape[0], *size])
-        shift = np.zeros(weight.shape[0], np.float32) if bias is None else view(bias)
-        kernels.convolve(view(x), view(weight), shift, stride, padding[0], padding[2], view(out))
+        out = empty(shape)
+        kernels.convolve(images, factors, NO_BIAS if bias is None else view(bias), stride, top, left, view(out))
         return out
 
     @staticmethod
     def backward(ctx: Any, *args: Any) -> Any:
         """Gradients of images, weight and bias; None for those that want none."""
-        (x, weight), gradient = ctx.saved_tensor(), view(args[0])
+        (images, weight), gradient = ctx.kept, view(args[0])
         kernels, stride, top, left = ctx.asked
         want_x, want_weight, *want_bias = ctx.wanted
-        to_x = empty(x.shape if want_x else [0] * 4)
+        to_x = empty(images.shape if want_x else [0] * 4)
         to_weight = empty(weight.shape if want_weight else [0] * 4)
-        kernels.differentiate(view(x), view(weight), gradient, stride, top, left, view(to_x), view(to_weight))
+        kernels.differentiate(images, weight, gradient, stride, top, left, view(to_x), view(to_weight))
         found = [to_x if want_x else None, to_weight if want_weight else None]
         if want_bias:
-            sums = gradient.sum((0, 2, 3), np.float64).astype(np.float32)
-            found.append(paddle.to_tensor(sums) if want_bias[0] else None)
+            to_bias = empty(gradient.shape[1:2])
+            view(to_bias)[:] = gradient.sum((0, 2, 3), np.float64)
+            found.append(to_bias if want_bias[0] else None)
         return tuple(found)
 
 
-def out_size(x: Sequence[int], weight: Sequence[int], stride: int, padding: Sequence[int]) -> tuple[int, int]:
+def out_size(image: Sequence[int], kernel: Sequence[int], stride: int, padding: Sequence[int]) -> tuple[int, int]:
     """Height and width of the output, below 1 where the kernel is larger than the padded image."""
     top, bottom, left, right = padding
-    return (x[2] + top + bottom - weight[2]) // stride + 1, (x[3] + left + right - weight[3]) // stride + 1
+    return (image[-2] + top + bottom - kernel[0]) // stride + 1, (image[-1] + left + right - kernel[1]) // stride + 1
 
 
 class Conv2D(nn.Conv2D, compiling.Fast):
@@ -119,10 +121,12 @@ class Conv2D(nn.Conv2D, compiling.Fast):
 
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
         kernels = self.kernels() if self.training else None
-        if not (kernels and self._takes(x)):
+        shape = self._shape(x) if kernels else None
+        if shape is None:
             return super().forward(x)
         apply: Callable[..., paddle.Tensor] = Convolution.apply
-        return apply(x, self.weight, self.bias, kernels, self._stride[0], self._pads())
+        top, _, left, _ = self._pads()
+        return apply(x, self.weight, self.bias, kernels, self._stride[0], top, left, shape)
 
     def kernels(self) -> Kernels | None:
         """What computes this geometry, if it is wanted; None where paddle does."""
@@ -151,15 +155,14 @@ class Conv2D(nn.Conv2D, compiling.Fast):
         top, bottom, left, right = pads if len(pads) == 4 else (pads[0], pads[0], pads[1], pads[1])
         return top, bottom, left, right
 
-    def _takes(self, x: paddle.Tensor) -> bool:
-        """Whether the input is one for the kernels, on the CPU, and a gradient will be asked for."""
-        tensors = [x, self.weight] if self.bias is None else [x, self.weight, self.bias]
-        return (
-            paddle.is_grad_enabled()
-            and not all(tensor.stop_gradient for tensor in tensors)
-            and compiling.known(*tensors)
-            and x.ndim == 4
-            and x.shape[0] > 0
-            and x.shape[1] == self._in_channels
-            and min(out_size(x.shape, self.weight.shape, self._stride[0], self._pads())) > 0
-        )
+    def _shape(self, x: paddle.Tensor) -> list[int] | None:
+        """The shape of the output; None unless x is one for the kernels, and a gradient will be asked for."""
+        weight, bias = self.weight, self.bias
+        frozen = x.stop_gradient and weight.stop_gradient and (bias is None or bias.stop_gradient)
+        if frozen or not paddle.is_grad_enabled() or not compiling.known(x, weight):
+            return None
+        shape = x.shape
+        if len(shape) != 4 or shape[0] == 0 or shape[1] != self._in_channels:
+            return None
+        height, width = out_size(shape, self._kernel_size, self._stride[0], self._pads())
+        return [shape[0], self._out_channels, height, width] if min(height, width) > 0 else None

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -92,6 +93,13 @@ def scatter(columns: np.ndarray, stride: int, top: int, left: int, images: np.nd
 # Matrices ------------------------------------------------------------------------------------------------------------
 
 
+@cache
+def meeting(side: int, size: int, out: int, stride: int, before: int) -> slice:
+    """The places of a kernel, along one axis, that meet a pixel anywhere; where none does, any place adds 0."""
+    first, last = max(0, before - (out - 1) * stride), min(side, before + size)
+    return slice(first, last) if first < last else slice(0, 1)
+
+
 class Met(NamedTuple):
     """The part of a kernel that meets a pixel anywhere, and the image's place for it."""
 
@@ -103,14 +111,9 @@ class Met(NamedTuple):
     @classmethod
     def by(cls, images: np.ndarray, weight: np.ndarray, out: np.ndarray, stride: int, top: int, left: int) -> Met:
         """Of an image of one pixel a padded kernel of 3x3 meets one place alone, and eight ninths need no computing."""
-        places = []
-        for axis, before in ((2, top), (3, left)):
-            side = weight.shape[axis]
-            first = max(0, before - (out.shape[axis] - 1) * stride)
-            last = min(side, before + images.shape[axis])
-            # where none meets a pixel, any place adds 0
-            places.append(slice(first, last) if first < last else slice(0, 1))
-        return cls(places[0], places[1], top - places[0].start, left - places[1].start)
+        rows = meeting(weight.shape[2], images.shape[2], out.shape[2], stride, top)
+        columns = meeting(weight.shape[3], images.shape[3], out.shape[3], stride, left)
+        return cls(rows, columns, top - rows.start, left - columns.start)
 
 
 def pointwise(images: np.ndarray, kernel: np.ndarray, out: np.ndarray, stride: int, met: Met) -> bool:
@@ -154,7 +157,7 @@ def convolve(
 ) -> None:
     """Write the convolution to out.
 
-    images: [B, C, H, W]; weight: [M, C / groups, kernel height, kernel width]; bias: [M];
+    images: [B, C, H, W]; weight: [M, C / groups, kernel height, kernel width]; bias: [M], or empty;
     out: [B, M, out height, out width]; top, left: rows and columns of zeros before the image.
     """
     groups = images.shape[1] // weight.shape[1]
@@ -167,7 +170,7 @@ def convolve(
         for some, rows, columns in laid_out(images, kernel, out):
             gather(images[some], stride, met.top - rows.start * stride, met.left, columns)
             write(factor, columns.reshape(groups, factor.shape[2], -1), out[some, :, rows])
-    if bias.any():
+    if bias.size:
         out += bias[:, None, None]
 
 

@@ -164,7 +164,7 @@ def images_per_row(images: int, width: int) -> int:
 def convolve(
     images: np.ndarray, weight: np.ndarray, bias: np.ndarray, stride: int, top: int, left: int, out: np.ndarray
 ) -> None:
-    """Write the convolution of images to out [B, C, out height, out width]. bias: [C]."""
+    """Write the convolution of images to out [B, C, out height, out width]. bias: [C], or empty."""
     total, channels, height, _ = images.shape
     side, out_height, out_width = weight.shape[2], out.shape[2], out.shape[3]
     pitch, most = out_width + (side - 1) // stride, images_per_row(total, out_width)
@@ -177,7 +177,7 @@ def convolve(
         for channel in range(channels):
             kernel = weight[channel, 0]
             pack(block, channel, stride, left, pitch, rows)
-            lines[:] = bias[channel]
+            lines[:] = bias[channel] if bias.size else 0
             for y in range(out_height):
                 for tap in range(max(0, top - y * stride), min(side, height + top - y * stride)):
                     add_products(kernel, tap, rows, y * stride + tap - top, starts, lines, y)

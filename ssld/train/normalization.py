@@ -155,21 +155,21 @@ class Normalization(PyLayer):
         moving: tuple[np.ndarray, np.ndarray],
     ) -> paddle.Tensor:
         """All after bias as for `normalize`."""
-        ctx.save_for_backward(x, weight, bias)
+        ctx.kept = images, scale, shift = flat(x), view(weight), view(bias)
         ctx.wanted = [not tensor.stop_gradient for tensor in (x, weight, bias)]
-        made, out = np.empty((3, x.shape[1]), np.float32), empty(x.shape)
-        normalize(flat(x), view(weight), view(bias), epsilon, act, momentum, moving, made, flat(out))
+        made, out = np.empty((3, len(scale)), np.float32), empty(x.shape)
         ctx.made = act, made
+        normalize(images, scale, shift, epsilon, act, momentum, moving, made, flat(out))
         return out
 
     @staticmethod
     def backward(ctx: Any, *args: Any) -> Any:
         """Gradients of x, weight and bias; None for those that want none."""
-        x, weight, bias = ctx.saved_tensor()
-        found = [empty(tensor.shape) for tensor in (x, weight, bias)]
-        to_x, to_weight, to_bias = flat(found[0]), view(found[1]), view(found[2])
+        images, weight, bias = ctx.kept
         act, made = ctx.made
-        differentiate(flat(x), view(weight), view(bias), act, made, flat(args[0]), to_x, to_weight, to_bias)
+        found = [empty(args[0].shape), empty(weight.shape), empty(bias.shape)]
+        to_x, to_weight, to_bias = flat(found[0]), view(found[1]), view(found[2])
+        differentiate(images, weight, bias, act, made, flat(args[0]), to_x, to_weight, to_bias)
         return tuple(made if wanted else None for made, wanted in zip(found, ctx.wanted, strict=True))
 
 
