@@ -19,6 +19,7 @@ from paddle.regularizer import L2Decay
 
 from ssld.errors import RecipeError
 from ssld.train.convolution import Conv2D
+from ssld.train.linear import Linear
 from ssld.train.normalization import BatchNorm, ConvNorm
 
 STEM_WIDTH = 16
@@ -159,7 +160,7 @@ class MobileNetV3(nn.Layer):
         self.hardswish = nn.Hardswish()
         self.dropout = nn.Dropout(dropout, mode="downscale_in_infer")
         self.flatten = nn.Flatten()
-        self.fc = nn.Linear(FEATURES, num_classes)
+        self.fc = Linear(FEATURES, num_classes)
 
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
         x = self.last_second_conv(self.blocks(self.conv(x)))

@@ -16,6 +16,7 @@ from paddle.nn import functional as F
 
 from ssld.errors import RecipeError
 from ssld.train.convolution import Conv2D
+from ssld.train.linear import Linear
 from ssld.train.normalization import BatchNorm, ConvNorm
 
 STEM_WIDTH = 64
@@ -119,7 +120,7 @@ class ResNetVd(nn.Layer):
         self.blocks = _blocks(block, depths)
         self.avg_pool = nn.AdaptiveAvgPool2D(1)
         self.flatten = nn.Flatten()
-        self.fc = nn.Linear(
+        self.fc = Linear(
             width, num_classes, weight_attr=paddle.ParamAttr(initializer=nn.initializer.Uniform(-bound, bound))
         )
 

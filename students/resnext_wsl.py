@@ -15,6 +15,7 @@ from paddle.nn import functional as F
 
 from ssld.errors import RecipeError
 from ssld.train.convolution import Conv2D
+from ssld.train.linear import Linear
 from ssld.train.normalization import BatchNorm, ConvNorm
 
 GROUPS = 32
@@ -72,7 +73,7 @@ class ResNeXtWsl(nn.Layer):
         self._order = self._add_blocks(group_width, depths)
         self._avg_pool = nn.AdaptiveAvgPool2D(1)
         self._flatten = nn.Flatten()
-        self._out = nn.Linear(STAGE_WIDTHS[-1], num_classes)
+        self._out = Linear(STAGE_WIDTHS[-1], num_classes)
 
     def _add_blocks(self, group_width: int, depths: Sequence[int]) -> tuple[str, ...]:
         """The names of the blocks, in order; each is a layer of its own in PaddleClas, not an entry of a row."""

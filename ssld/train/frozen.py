@@ -19,6 +19,7 @@ from paddle.nn import functional
 
 from ssld.errors import DataError, RecipeError, SsldError
 from ssld.threads import of_step, share
+from ssld.train.linear import Linear
 
 Engine = Callable[[np.ndarray], np.ndarray]
 
@@ -205,7 +206,7 @@ class _Pixel(nn.Linear):
 def _in_one_order(snapshot: nn.Layer) -> nn.Layer:
     """The same layer, whose sums are taken in one order by any number of threads."""
     for part in snapshot.sublayers(include_self=True):
-        if type(part) is nn.Linear:
+        if type(part) in (nn.Linear, Linear):
             part.__class__ = _Pixel
     return snapshot
 

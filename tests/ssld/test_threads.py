@@ -44,9 +44,9 @@ def test_cores_are_those_of_the_process_and_of_its_container(machine, bound, quo
 @pytest.mark.parametrize(("ranks", "share"), [(None, 6), ("1", 6), ("4", 1), ("3", 2), ("9", 1)])
 def test_ranks_share_the_cores(machine, monkeypatch, ranks, share):
     machine(6)
-    monkeypatch.delenv("PADDLE_TRAINERS_NUM", raising=False)
+    monkeypatch.delenv("SSLD_RANKS", raising=False)
     if ranks is not None:
-        monkeypatch.setenv("PADDLE_TRAINERS_NUM", ranks)
+        monkeypatch.setenv("SSLD_RANKS", ranks)
     assert threads.share() == share
     assert threads.cores() == 6
 

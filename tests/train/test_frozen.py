@@ -114,7 +114,7 @@ def test_takes_the_share_of_its_rank(layer, monkeypatch, ranks, threads):
 
     monkeypatch.setattr(inference, "Config", Told)
     monkeypatch.setattr("ssld.threads.cores", lambda: 6)
-    monkeypatch.setenv("PADDLE_TRAINERS_NUM", ranks)
+    monkeypatch.setenv("SSLD_RANKS", ranks)
     Frozen(layer, SIZE)
     assert told == [threads]
 
