@@ -12,7 +12,7 @@ def user(monkeypatch):
     """A user with 6 of 64 cores, three ranks, and two threads for a step."""
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
     monkeypatch.setattr("ssld.threads.cores", lambda: 6)
-    monkeypatch.setenv("PADDLE_TRAINERS_NUM", "3")
+    monkeypatch.setenv("SSLD_RANKS", "3")
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
 

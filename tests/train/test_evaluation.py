@@ -70,7 +70,7 @@ def test_the_network_stays_as_it_was(shapes):
 def test_an_evaluator_measures_the_weights_of_the_moment(shapes, monkeypatch):
     """As if each time were the first; and all cores work on it, since the other ranks wait for it."""
     monkeypatch.setattr(evaluation, "cores", lambda: 2)
-    monkeypatch.setenv("PADDLE_TRAINERS_NUM", "2")
+    monkeypatch.setenv("SSLD_RANKS", "2")
     threads = []
 
     class Noted(evaluation.Frozen):
