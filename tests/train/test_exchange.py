@@ -306,7 +306,6 @@ def test_what_no_rank_uses_gets_no_gradient_and_keeps_its_bits(ranks):
         assert found["spare 1 0.bias"].tobytes() != found["spare 0 0.bias"].tobytes()
 
 
-@pytest.mark.xfail(strict=True, reason="the sum has the length that it had in the first step")
 def test_what_is_used_in_some_steps_only_is_left_alone_in_the_others(ranks):
     """As one process does it: no gradient, no step of this weight."""
     for found in ranks:
@@ -317,7 +316,6 @@ def test_what_is_used_in_some_steps_only_is_left_alone_in_the_others(ranks):
         assert second != third
 
 
-@pytest.mark.xfail(strict=True, reason="ranks do not tell each other what they add up")
 def test_what_one_rank_uses_alone_is_added_up_or_refused(ranks):
     """Never is the gradient of one weight added to that of another."""
     if "single fault" in ranks[0]:

@@ -30,6 +30,12 @@ def agree(word="", late=0):
     time.sleep(late)
     return meeting.agree(*([word.encode().ljust(WORD)] if word else []))
 
+def when(late):
+    time.sleep(late)
+    came = time.monotonic()
+    meeting.agree()
+    return [came, time.monotonic()]
+
 def share(rows, columns):
     global shared
     shared = meeting.share(rows, columns)
@@ -112,8 +118,10 @@ def test_all_agree_or_none_does(start):
 def test_all_wait_for_the_last(start, late):
     ranks = start(2)
     for number, rank in enumerate(ranks):
-        rank.ask("agree", "one", 1.0 if number == late else 0)
-    assert [rank.answer() for rank in ranks] == [True] * 2
+        rank.ask("when", 0.5 if number == late else 0)
+    # all processes of a machine have one such clock
+    times = [rank.answer() for rank in ranks]
+    assert all(left >= times[late][0] > times[1 - late][0] for _, left in times)
 
 
 def test_all_see_what_each_writes_in_memory_of_any_size(start):
@@ -124,6 +132,15 @@ def test_all_see_what_each_writes_in_memory_of_any_size(start):
             rank.ask("write", number, number + columns)
         assert [rank.answer() for rank in ranks] == [True] * 3
         assert all_do(ranks, "read") == [[[float(number + columns)] * columns for number in range(3)]] * 3
+
+
+def test_memory_of_different_sizes_is_refused_to_all(start):
+    ranks = start(2)
+    for columns, rank in enumerate(ranks, 4):
+        rank.ask("share", 3, columns)
+    for rank in ranks:
+        assert rank.answer().startswith("expected all ranks to share as much memory, got different wishes")
+    assert all_do(ranks, "share", 3, 4) == [[[3, 4], "float32"]] * 2, "they go on after it"
 
 
 def test_one_that_dies_is_missed_and_named(start):
