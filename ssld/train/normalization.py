@@ -23,7 +23,8 @@ from ssld.train.compiling import compiled, empty, view
 # the mean, and 1 / deviation.
 #
 # The mean comes in two parts, and is taken from x before anything else is: a small variance may stand beside a mean so
-# large that the last place of it is not small.
+# large that the last place of it is not small. What holds the rest is computed in double precision, also since the
+# compiler, which may reorder sums of one precision, would otherwise put the parts together again.
 #
 # Inner loops count by unsigned numbers, since numba would look for negative ones and the loop would not be vectorized.
 
@@ -70,29 +71,25 @@ def normalize(
     count, channels, size = images.shape[0], images.shape[1], np.uint64(images.shape[2])
     total = count * images.shape[2]
     for c in range(channels):
-        whole = 0.0
+        whole = squares = 0.0
+        for i in range(count):
+            for p in range(size):
+                whole += float(images[i, c, p])
+        mean = whole / total
+        middle = np.float32(mean)
+        rest = mean - middle
         for i in range(count):
             part = ZERO
             for p in range(size):
-                part += images[i, c, p]
-            whole += float(part)
-        middle = np.float32(whole / total)
-        offs = squares = 0.0
-        for i in range(count):
-            part = dots = ZERO
-            for p in range(size):
                 off = images[i, c, p] - middle
-                part += off
-                dots += off * off
-            offs += float(part)
-            squares += float(dots)
-        rest = offs / total
+                part += off * off
+            squares += float(part)
         variance = squares / total - rest * rest
-        moving[0][c] = moving[0][c] * momentum + (middle + rest) * (1 - momentum)
+        moving[0][c] = moving[0][c] * momentum + mean * (1 - momentum)
         moving[1][c] = moving[1][c] * momentum + variance * (1 - momentum)
         made[0, c], made[1, c], made[2, c] = middle, rest, 1 / np.sqrt(variance + epsilon)
         scale = weight[c] * made[2, c]
-        shift = bias[c] - made[1, c] * scale
+        shift = np.float32(bias[c] - rest * scale)
         for i in range(count):
             for p in range(size):
                 out[i, c, p] = activated((images[i, c, p] - middle) * scale + shift, act)
@@ -114,9 +111,9 @@ def differentiate(
     count, channels, size = images.shape[0], images.shape[1], np.uint64(images.shape[2])
     total = count * images.shape[2]
     for c in range(channels):
-        middle, rest, inverse = made[0, c], made[1, c], made[2, c]
+        middle, rest, inverse = made[0, c], float(made[1, c]), made[2, c]
         scale = weight[c] * inverse
-        shift = bias[c] - rest * scale
+        shift = np.float32(bias[c] - rest * scale)
         sums = products = 0.0
         for i in range(count):
             part = dots = ZERO
@@ -131,7 +128,7 @@ def differentiate(
         products -= rest * sums
         to_bias[c], to_weight[c] = sums, products * inverse
         linear = np.float32(products * inverse * inverse / total)
-        constant = np.float32(sums / total) - rest * linear
+        constant = np.float32(sums / total - rest * linear)
         for i in range(count):
             for p in range(size):
                 to_images[i, c, p] = scale * (to_images[i, c, p] - constant - (images[i, c, p] - middle) * linear)

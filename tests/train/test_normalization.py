@@ -76,7 +76,7 @@ def by_paddle(norm, x, act):
     return norm(x) if act is None else act(norm(x))
 
 
-def trained(norm, images, coming, act, call=None):
+def trained(norm, images, coming, act):
     """Output, gradients of images, weight and bias, mean and variance for evaluation."""
     x = tensor(images)
     out = norm(x, act) if isinstance(norm, BatchNorm) else by_paddle(norm, x, act)
@@ -172,13 +172,14 @@ def test_a_channel_that_is_constant_is_0_before_bias_and_activation(act, calls):
 
 
 @pytest.mark.parametrize("shape", [(16, 4, 8, 8), (4, 4, 1, 2), (4, 3, 33, 33)], ids=str)
-def test_a_large_mean_does_not_hide_a_small_variance_more_than_in_paddle(shape):
-    images, coming = np.float32(1e3 + 1e-2 * noise(*shape)), noise(*shape, seed=1)
-    wanted = defined(filled(BatchNorm, shape[1]), images, coming, None)
-    ours = trained(filled(BatchNorm, shape[1]), images, coming, None)
-    theirs = trained(filled(nn.BatchNorm, shape[1]), images, coming, None)
-    for found, other, right in zip(ours, theirs, wanted, strict=True):
-        assert off(found, right) <= max(off(other, right), 1e-5)
+def test_a_large_mean_does_not_hide_a_small_variance(shape, act):
+    """paddle is off by a hundredth here: its mean is, by a part of the deviation."""
+    images = np.float32(1e3 + 1e-2 * noise(*shape))
+    # a gradient that the norm takes away, but for a tenth of it
+    coming = np.float32(100 * (images - 1e3)) + noise(*shape, seed=1) / 10
+    wanted = defined(filled(BatchNorm, shape[1]), images, coming, act)
+    for found, right in zip(trained(filled(BatchNorm, shape[1]), images, coming, act), wanted, strict=True):
+        assert off(found, right) < 1e-5
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -463,7 +464,7 @@ def test_a_student_trains_with_it_after_every_convolution(calls, name, fused):
 
 @pytest.mark.parametrize("name", ["MobileNetV3_small_x0_35", "ResNet18_vd"])
 def test_the_gradients_of_a_student_are_those_by_paddles_norms(name, monkeypatch):
-    """In a loss that no cancellation hides: with convolutions of ours both times."""
+    """With our convolutions both times."""
     found = []
     for fused in (True, False):
         if not fused:
@@ -471,9 +472,9 @@ def test_the_gradients_of_a_student_are_those_by_paddles_norms(name, monkeypatch
         network = networks.build(name, {}, 4, 7)
         network(tensor(noise(8, 3, 64, 64))).square().mean().backward()
         found.append([weight.grad.numpy() for weight in network.parameters() if not weight.stop_gradient])
-    largest = [max(abs(theirs).max() for theirs in found[1])]
+    largest = max(abs(theirs).max() for theirs in found[1])
     for ours, theirs in zip(*found, strict=True):
-        assert abs(ours - theirs).max() < 1e-3 * largest[0]
+        assert abs(ours - theirs).max() < 1e-3 * largest
 
 
 def test_after_preparing_nothing_is_left_to_compile(act):
