@@ -65,9 +65,13 @@ TRIALS = {kernels: partial(trial, kernels) for kernels in MODULES}
 
 
 class Convolution(PyLayer):
-    """Kernels as one operation of paddle's autograd. What is kept for the gradient is what goes in, no more."""
+    """Kernels as one operation of paddle's autograd. What is kept for the gradient is what goes in, no more.
+
+    numpy is not to warn of numbers that are not finite: they pass through, and the loss shows them.
+    """
 
     @staticmethod
+    @np.errstate(all="ignore")
     def forward(
         ctx: Any,
         x: paddle.Tensor,
@@ -88,6 +92,7 @@ class Convolution(PyLayer):
         return out
 
     @staticmethod
+    @np.errstate(all="ignore")
     def backward(ctx: Any, *args: Any) -> Any:
         """Gradients of images, weight and bias; None for those that want none."""
         (images, weight), gradient = ctx.kept, view(args[0])

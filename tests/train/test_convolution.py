@@ -156,6 +156,21 @@ def test_gradients_add_up_where_a_layer_is_used_twice(kind):
     np.testing.assert_array_equal(ours[1], weight.grad.numpy())
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("side", [1, 3])
+def test_what_is_not_finite_passes_through_without_a_warning(side, value, calls):
+    """Warnings are errors in tests."""
+    conv, images, coming = layer("dense", 2, side, padding=side // 2), noise(2, 2, 5, 5), noise(2, 2, 5, 5, seed=1)
+    images[0, :, 2, 2] = coming[1, :, 2, 2] = value, -value
+    out, to_images, *others = trained(conv, images, coming)
+    assert not np.isfinite(out[0, :, 2, 2]).any()
+    assert not np.isfinite(to_images[1, :, 2, 2]).any()
+    assert np.isfinite(out[1]).all()
+    assert np.isfinite(to_images[0]).all()
+    assert not any(np.isfinite(value).all() for value in others)
+    assert calls == step_of("dense")
+
+
 # The same bits -------------------------------------------------------------------------------------------------------
 
 
