@@ -18,6 +18,7 @@ class Product(PyLayer):
     """x [B, features] @ weight [features, classes] + bias [classes] as one operation of paddle's autograd."""
 
     @staticmethod
+    @np.errstate(all="ignore")
     def forward(ctx: Any, x: paddle.Tensor, weight: paddle.Tensor, bias: paddle.Tensor | None) -> paddle.Tensor:
         ctx.kept = left, right = view(x), view(weight)
         ctx.wanted = [not tensor.stop_gradient for tensor in (x, weight, bias) if tensor is not None]
@@ -29,6 +30,7 @@ class Product(PyLayer):
         return out
 
     @staticmethod
+    @np.errstate(all="ignore")
     def backward(ctx: Any, *args: Any) -> Any:
         """Gradients of x, weight and bias; None for those that want none."""
         (x, weight), gradient = ctx.kept, view(args[0])
