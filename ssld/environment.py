@@ -26,7 +26,7 @@ def installed(package: str) -> str:
 
 
 def numba_version() -> str:
-    """The numba whose kernels compute convolutions in training on a CPU; nothing where paddle's own do."""
+    """The numba that compiles the kernels of a training step on a CPU; nothing where paddle computes all of it."""
     return "" if os.environ.get("SSLD_FAST_CONV") == "0" else installed("numba")
 
 
@@ -38,14 +38,14 @@ def environment() -> dict[str, str]:
         "cpu": cpu_name(),
         "python": platform.python_version(),
         **{package: installed(package) for package in ("ssld", PADDLE, PADDLE_GPU, "numpy", "pillow")},
-        "convolution": convolution(),
+        "kernels": kernels(),
         **{name: os.environ.get(name, "") for name in names},
         "ranks": os.environ.get(RANKS, "1"),
     }
 
 
-def convolution() -> str:
-    """What computes the convolutions of a training step on a CPU."""
+def kernels() -> str:
+    """What computes convolutions, batch norms and classifiers in a training step on a CPU."""
     if not (numba := numba_version()):
         return "paddle"
     built = cast(dict[str, Any], np.show_config(mode="dicts")).get("Build Dependencies", {})

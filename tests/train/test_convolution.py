@@ -322,11 +322,11 @@ def test_input_that_does_not_fit_is_refused_by_paddle(kind, calls, shape):
 
 def test_the_switch_turns_it_off_and_the_environment_says_so(kind, calls, monkeypatch):
     monkeypatch.setenv("SSLD_FAST_CONV", "0")
-    assert environment.environment()["convolution"] == "paddle"
+    assert environment.environment()["kernels"] == "paddle"
     layer(kind, 3)(tensor(noise(1, 3, 8, 8))).sum().backward()
     assert calls == []
     monkeypatch.delenv("SSLD_FAST_CONV")
-    assert environment.environment()["convolution"].startswith(f"numba {environment.installed('numba')} ")
+    assert environment.environment()["kernels"].startswith(f"numba {environment.installed('numba')} ")
     layer(kind, 3)(tensor(noise(1, 3, 8, 8))).sum().backward()
     assert calls == step_of(kind)
 
