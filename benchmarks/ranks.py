@@ -18,6 +18,7 @@ from ssld.crew import Crew
 from ssld.preview.trial import endless, paced_steps, trial
 from ssld.recipe import dump
 from ssld.rundir import Options, RunDirectory
+from ssld.threads import shared_by
 from ssld.train.networks import use_device
 
 CASES = (("MobileNetV3_small_x1_0", 64, 64), ("MobileNetV3_large_x1_0", 224, 16), ("ResNet18_vd", 64, 32))
@@ -33,11 +34,12 @@ def trained(network: str, size: int, batch: int, count: int, seconds: float) -> 
         run, [node] = RunDirectory(Path(name, "run")), plan.nodes
         run.claim()
         run.begin(dump(plan.recipe), Options(nproc=count))
-        with Crew(run.path, count, journal.note) as crew:
-            crew.attempt(node.name, batch)
+        with shared_by(count), Crew(run.path, count, journal.note) as crew:
+            crew.tell(attempt=node.name, batch=batch)
             task = endless(trial(plan, node, "cpu", journal, crew.ranks), batch)
             speed = paced_steps(node.kind.run, task, seconds)
-            return speed, [peak(member.process.pid) for member in crew.members]
+            crew.expect("attempted")
+            return speed, [peak(follower.process.pid) for follower in crew.followers]
 
 
 def rows(quick: bool) -> Iterator[Row]:

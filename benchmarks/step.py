@@ -1,4 +1,4 @@
-"""Images per second of a training step on this CPU: paddle's convolutions, ssld's own, and none at all.
+"""Images per second of a training step on this CPU: by paddle's layers, by ssld's own, and without the depthwise ones.
 
     python benchmarks/step.py
 
@@ -51,7 +51,7 @@ def hollow(network: nn.Layer) -> nn.Layer:
 
 
 def speed(network: nn.Layer, size: int, batch: int, fast: bool, seconds: float) -> Callable[[], float]:
-    """Images per second, of paddle's convolutions or of ssld's own; after a first step."""
+    """Images per second, by paddle's layers or by ssld's own; after a first step."""
     step = stepper(network, size, batch)
 
     def measured(seconds: float) -> float:
