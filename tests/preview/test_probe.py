@@ -16,11 +16,11 @@ import pytest
 from click.testing import CliRunner
 
 import ssld
-from ssld import plugins, threads
+from ssld import crew, plugins, threads
 from ssld.cli import main
 from ssld.contracts import TeacherSpec
 from ssld.engine import make_plan
-from ssld.errors import Interrupted, PluginError
+from ssld.errors import Interrupted, PluginError, RankError
 from ssld.preview import probe, trial
 from ssld.preview.costs import Cost, LabelWork, Speeds, TeacherSpeed, advice, table
 from ssld.preview.forecast import HEADER_BYTES
@@ -294,15 +294,70 @@ def test_without_measure_nothing_is_measured(place, monkeypatch):
 
 def test_more_ranks_are_tried_and_judged_where_there_are_cores_for_them(place, monkeypatch):
     monkeypatch.setattr(threads, "cores", lambda: 2)
-    before = files(place)
-    found = CliRunner().invoke(main, ["plan", "tiny.yaml", "--measure"])
+    monkeypatch.setattr(probe, "LONGEST", 0.3)
+    # the time in which a network answers is of no interest
+    monkeypatch.setattr(probe.Probe, "_evaluation", lambda *_: (1000.0, 0.0))
+    before, sizes = files(place), ["-o", "stages.teach.batch_size=16", "-o", "stages.distill.batch_size=16"]
+    found = CliRunner().invoke(main, ["plan", "tiny.yaml", "--measure", *sizes])
     assert found.exit_code == 0
     assert files(place) == before
     _, costs, advice = found.stdout.split("\n\n")
-    assert all(re.search(r" img/s, [0-9.]+ on 2 ranks  ", row) for row in costs.splitlines()[1:-1])
+    assert all(re.search(r" img/s(, batch .*)?, [0-9.]+ on 2 ranks  ", row) for row in costs.splitlines()[1:-1])
     assert re.match(
         r"--nproc 2 would take \S+ s for the steps that take \S+ s on one rank: (worth it|stay with)", advice
     )
+
+
+class Crew(crew.Crew):
+    """The others are not started; who would have been is noted, and all that is said to them is forgotten."""
+
+    counts: list[int]
+
+    def __enter__(self):
+        self.counts.append(self.count)
+        return self
+
+    def expect(self, word, patience=None):
+        pass
+
+
+@pytest.fixture
+def counts(place, monkeypatch):
+    """The numbers of ranks that were tried; there are many cores, and one rank was measured already."""
+    monkeypatch.setattr(threads, "cores", lambda: 64)
+    monkeypatch.setattr(probe, "Crew", Crew)
+    monkeypatch.setattr(Crew, "counts", [], raising=False)
+    speeds = {"teach": replace(SPEEDS, teachers=()), "distill": SPEEDS}
+    monkeypatch.setattr(probe.Probe, "_speeds", lambda _, node: speeds[node.name])
+    monkeypatch.setattr(probe, "paced_steps", lambda *_: 50.0)
+    return Crew.counts
+
+
+@pytest.mark.parametrize(
+    ("teach", "distill", "tried", "ranks"),
+    [(128, 128, [8], (8, 8)), (40, 24, [5], (5, 5)), (64, 8, [8], (8, 1)), (15, 15, [], (1, 1))],
+)
+def test_so_many_ranks_are_tried_as_the_largest_batch_feeds_and_eight_at_most(counts, teach, distill, tried, ranks):
+    """Eight images for each; a stage whose own batch has not two for each is left out."""
+    costs = measure("tiny.yaml", overrides=[f"stages.teach.batch_size={teach}", f"stages.distill.batch_size={distill}"])
+    assert counts == tried
+    assert tuple(cost.speeds.ranks for cost in costs) == ranks
+    assert [cost.speeds.shared for cost in costs] == [50.0 if count > 1 else 0.0 for count in ranks]
+
+
+def test_ranks_that_cannot_be_tried_leave_what_one_takes(counts, monkeypatch):
+    def fail(self, word, patience=None):
+        raise RankError("expected rank 1 to go on, it ended with signal 9")
+
+    monkeypatch.setattr(Crew, "expect", fail)
+    found = CliRunner().invoke(main, ["plan", "tiny.yaml", "--measure", "-o", "stages.teach.batch_size=64"])
+    assert found.exit_code == 0, found.output
+    assert counts == [8]
+    _, costs = found.stdout.split("\n\n")
+    teach, distill, _ = costs.splitlines()[1:]
+    assert "  20 img/s, batch 8 of 64  " in teach
+    assert "  20 img/s  " in distill
+    assert "ranks" not in costs
 
 
 @pytest.mark.parametrize(("shared", "words"), [(200.0, "worth it"), (105.0, "stay with one")])
