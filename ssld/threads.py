@@ -53,7 +53,7 @@ def share() -> int:
 
 def decoders(free: int) -> int:
     """Threads that decode and render on so many cores; more than a few wait for each other, as Python runs one."""
-    return min(4, free)
+    return min(4, max(1, free))
 
 
 def of_step() -> int:

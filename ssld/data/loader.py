@@ -130,7 +130,9 @@ def training_batches(
     )
     loader = _Loader(samples, distinct, tries=min(damage.budget + 1, len(samples)))
     wanted = len(range(batch_size)[rows])
-    loaded = _in_order(loader.load, requests, workers, ahead * wanted)
+    # beside a step, whose core is its own: what decodes on it too waits for the interpreter, and so does the step
+    threads = decoders(share() - 1) if workers is None else workers
+    loaded = _in_order(loader.load, requests, threads, ahead * wanted)
     return _batches(samples, loaded, slots, wanted, start, damage)
 
 
@@ -171,7 +173,8 @@ def view_batches(
     """
     requests = (_Request(index, replay.seed, tuple(range(replay.views))) for index in indices)
     samples_ahead = max(1, ahead * batch_size // replay.views)
-    loaded = _in_order(_Loader(samples, (pipeline,), tries=1).load, requests, workers, samples_ahead)
+    threads = decoders(share()) if workers is None else workers
+    loaded = _in_order(_Loader(samples, (pipeline,), tries=1).load, requests, threads, samples_ahead)
     return _batches(samples, loaded, (0,), batch_size, 0, damage)
 
 
@@ -247,9 +250,7 @@ def _distinct(pipelines: tuple[Pipeline, ...]) -> tuple[tuple[Pipeline, ...], tu
     return tuple(pipelines[pixels.index(pixel)] for pixel in places), tuple(places[pixel] for pixel in pixels)
 
 
-def _in_order(
-    function: Callable[[T], R], items: Iterable[T], workers: int | None, ahead: int
-) -> Generator[R, None, None]:
+def _in_order(function: Callable[[T], R], items: Iterable[T], workers: int, ahead: int) -> Generator[R, None, None]:
     """`map`, in threads: the results in the order of the items, at most `ahead` of them in advance."""
     if workers == 0:
         yield from map(function, items)
@@ -257,7 +258,7 @@ def _in_order(
     # to hand over one image at a time would take the step's thread a twentieth of a millisecond for each
     size = max(1, min(HANDED_OVER, ahead // 4))
     chunks = batched(items, size)
-    pool = ThreadPoolExecutor(decoders(share()) if workers is None else workers, thread_name_prefix="ssld-decode")
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="ssld-decode")
 
     def work(chunk: tuple[T, ...]) -> list[R]:
         return [function(item) for item in chunk]
