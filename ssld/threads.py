@@ -52,8 +52,11 @@ def share() -> int:
 
 
 def decoders(free: int) -> int:
-    """Threads that decode and render on so many cores; more than a few wait for each other, as Python runs one."""
-    return min(4, max(1, free))
+    """Threads that decode and render on so many cores; more than a few wait for each other, as Python runs one.
+
+    None where no core is free: one that is put to sleep while it holds the interpreter holds up the step as well.
+    """
+    return min(4, free)
 
 
 def of_step() -> int:

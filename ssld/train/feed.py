@@ -17,6 +17,7 @@ from ssld.contracts import Soft, Task
 from ssld.data.loader import Batch, Damage, training_batches
 from ssld.data.transforms import Pipeline, normalize
 from ssld.errors import DataError
+from ssld.threads import share
 
 T = TypeVar("T")
 
@@ -62,11 +63,12 @@ def feed(task: Task[Any], pipeline: Pipeline, start: int, total: int, damage: Da
         replay=soft.replay if soft else None,
     )
 
-    def normalized(batches: Iterable[Batch]) -> Iterator[tuple[Batch, np.ndarray]]:
+    def normalized(batches: Iterable[Batch]) -> Generator[tuple[Batch, np.ndarray], None, None]:
         for batch in islice(batches, total - start):
             yield batch, normalize(batch.images[0], pipeline.mean, pipeline.std)
 
-    with closing(batches), closing(one_ahead(normalized(batches))) as ready:
+    coming = normalized(batches)
+    with closing(batches), closing(one_ahead(coming) if share() > 1 else coming) as ready:
         for batch, images in ready:
             # a teacher is asked in this thread: its engine holds the interpreter while it runs, so a thread of its own
             # would gain nothing, and its threads would change the bits of the step beside it
