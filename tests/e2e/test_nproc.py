@@ -1,4 +1,7 @@
-"""Two processes train one ladder: whatever ends one of them, the run goes on to the same bytes, and none is left."""
+"""Two processes train one ladder: whatever ends one of them, the run goes on to the same bytes, and none is left.
+
+A command takes seconds to start, so one run is broken by all that is to be tried, once by each.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,10 @@ import signal
 import subprocess
 import tarfile
 import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -48,13 +54,14 @@ data:
   validation: builtin:shapes?count=24&size=32&classes=4&seed=3
 stages:
   distill:
-    {kind: distill, teacher: {plugin: quarters}, student: MobileNetV3_small_x0_35, data: unlabeled, epochs: 3,
+    {kind: distill, teacher: {plugin: quarters}, student: MobileNetV3_small_x0_35, data: unlabeled, epochs: 4,
      batch_size: 9, learning_rate: 0.05, eval_interval: 3, save_steps: 4, labels: {views: 2, top_k: 3}}
   finetune:
     {kind: finetune, from: distill, hard: 1, data: labeled, epochs: 3, batch_size: 9, learning_rate: 0.02,
      eval_interval: 3, save_steps: 3}
 """
 SHARDS, PER_SHARD = 4, 24
+DAMAGED = PER_SHARD + 5
 RUN = ("run", "shared.yaml", "--trust-teacher", "--nproc", 2)
 
 
@@ -100,22 +107,93 @@ def prepare(ssld, site: Path, pool: Path) -> None:
     (ssld.folder / "pool").symlink_to(pool)
 
 
-@pytest.fixture
-def shared(ssld, site, pool):
-    """The command in a folder with the recipe, where nothing has run."""
-    prepare(ssld, site, pool)
-    return ssld
+@pytest.fixture(scope="module")
+def started(command, site, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str, Path], Any]]:
+    """started(name, pool): the command in a folder with the recipe, where nothing has run."""
+    commands = []
+
+    def prepared(name: str, pool: Path) -> Any:
+        commands.append(command(tmp_path_factory.mktemp(name)))
+        prepare(commands[-1], site, pool)
+        return commands[-1]
+
+    yield prepared
+    for ssld in commands:
+        ssld.clean_up()
 
 
 @pytest.fixture(scope="module")
-def unbroken(command, site, pool, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def unbroken(started, pool) -> Path:
     """The folder of a run that nothing interrupted."""
-    ssld = command(tmp_path_factory.mktemp("unbroken"))
-    prepare(ssld, site, pool)
+    ssld = started("unbroken", pool)
     process = ssld.start(*RUN)
     ssld.wait(process)
     assert not left(process)
     return ssld.folder
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A command that has ended: what it printed, None of one that was killed, and who lived on for long."""
+
+    result: Any
+    left: list[tuple[int, str]]
+    weights: dict[str, str]
+    follower: int
+
+
+@pytest.fixture(scope="module")
+def broken(started, pool) -> dict[str, Ended]:
+    """By what has ended it: each command that was needed to bring one run to its end."""
+    ssld, found = started("broken", pool), {}
+
+    def ended(process: subprocess.Popen, code: int | None, follower: int) -> Ended:
+        result = ssld.wait(process, code) if code is not None else None
+        process.wait()
+        return Ended(result, left(process), weights(ssld.folder), follower)
+
+    process = ssld.start(*RUN)
+    in_the_middle(ssld, process, "distill")
+    (follower,) = followers(process)
+    process.kill()
+    found["kill of rank 0"] = ended(process, None, follower)
+
+    process = ssld.start("resume")
+    in_the_middle(ssld, process, "distill")
+    (follower,) = followers(process)
+    os.kill(follower, signal.SIGKILL)
+    found["kill of rank 1"] = ended(process, 71, follower)
+
+    process = ssld.start("resume")
+    in_the_middle(ssld, process, "finetune")
+    (follower,) = followers(process)
+    process.terminate()
+    found["SIGTERM"] = ended(process, 143, follower)
+
+    process = ssld.start(program=("sh", "-c", found["SIGTERM"].result.continuation))
+    found["its end"] = ended(process, 0, follower)
+    return found
+
+
+@pytest.fixture(scope="module")
+def interrupted(started, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
+    """The same of Ctrl-C, while the other rank starts and in a step. An image of the second shard is damaged."""
+    ssld = started("interrupted", write_shards(tmp_path_factory.mktemp("damaged"), DAMAGED))
+    found = {}
+
+    process = ssld.start(*RUN)
+    ssld.until(lambda: followers(process), process)
+    ssld.stop(process, signal.SIGINT)
+    found["at the start"] = Ended(ssld.wait(process, 130), left(process), weights(ssld.folder), 0)
+
+    process = ssld.start("resume")
+    in_the_middle(ssld, process, "distill")
+    ssld.stop(process, signal.SIGINT)
+    found["in a step"] = Ended(ssld.wait(process, 130), left(process), weights(ssld.folder), 0)
+
+    found["its end, by one process"] = ssld("resume", "--nproc", 1)
+    found["run"] = ssld.folder / "runs" / "shared"
+    return found
 
 
 def weights(folder: Path) -> dict[str, str]:
@@ -144,9 +222,10 @@ def left(process: subprocess.Popen, seconds: float = 10) -> list[tuple[int, str]
 
 
 def in_the_middle(ssld, process: subprocess.Popen, stage: str) -> None:
-    """Wait until the stage has saved for the first time, which is long before its end."""
+    """Wait until this process has saved the stage for the first time, which is long before its end."""
     place = ssld.folder / "runs" / "shared" / stage
-    ssld.until(lambda: list(place.glob("step-*/manifest.json")), process)
+    before = set(place.glob("step-*/manifest.json"))
+    ssld.until(lambda: set(place.glob("step-*/manifest.json")) - before, process)
 
 
 def test_both_ranks_label_and_the_run_says_how_many_they_are(unbroken):
@@ -160,78 +239,60 @@ def test_both_ranks_label_and_the_run_says_how_many_they_are(unbroken):
     assert state["state"]["environment"]["ranks"] == "2"
 
 
-def test_kill_of_rank_0_costs_nothing_but_time(shared, unbroken):
-    process = shared.start(*RUN)
-    in_the_middle(shared, process, "distill")
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not left(process)
-    again = shared.start("resume")
-    assert "ranks" not in shared.wait(again).err
-    assert not left(again)
-    assert weights(shared.folder) == weights(unbroken)
+@pytest.mark.parametrize("how", ["kill of rank 0", "kill of rank 1", "SIGTERM", "its end"])
+def test_whatever_ends_one_process_ends_all(broken, how):
+    assert not broken[how].left
 
 
-def test_a_terminated_run_saves_and_goes_on_to_the_same_weights(shared, unbroken):
-    process = shared.start(*RUN)
-    in_the_middle(shared, process, "finetune")
-    process.send_signal(signal.SIGTERM)
-    stopped = shared.wait(process, 143)
-    assert not left(process)
-    assert "Error: finetune: stopped by SIGTERM after step " in stopped.err
-    done = shared.wait(shared.start(program=("sh", "-c", stopped.continuation)))
-    assert "going on after step" in done.err
-    assert weights(shared.folder) == weights(unbroken)
+def test_a_run_that_was_broken_by_all_of_it_has_the_same_weights(broken, unbroken):
+    assert broken["its end"].weights == weights(unbroken)
+    assert set(weights(unbroken)) == {"distill", "finetune"}
 
 
-def test_a_killed_follower_is_named_and_the_run_goes_on_to_the_same_weights(shared, unbroken):
-    process = shared.start(*RUN)
-    in_the_middle(shared, process, "distill")
-    (follower,) = followers(process)
-    os.kill(follower, signal.SIGKILL)
-    stopped = shared.wait(process, 71)
-    assert not left(process)
-    (message,) = re.findall(r"^Error: .*$", stopped.err, re.MULTILINE)
-    assert f"rank 1 (pid {follower})" in message
+@pytest.mark.parametrize(
+    ("how", "stage"), [("kill of rank 1", "distill"), ("SIGTERM", "distill"), ("its end", "finetune")]
+)
+def test_as_many_ranks_go_on_where_the_run_stopped(broken, how, stage):
+    (begun,) = re.findall(rf"^\[\d {stage}\] {stage} .*$", broken[how].result.err, re.MULTILINE)
+    assert "on 2 ranks, going on after step" in begun
+    assert "not promised" not in broken[how].result.err
+
+
+def test_a_killed_follower_is_named(broken):
+    killed = broken["kill of rank 1"]
+    (message,) = re.findall(r"^Error: .*$", killed.result.err, re.MULTILINE)
+    assert f"rank 1 (pid {killed.follower})" in message
     assert "signal 9" in message
-    assert weights(shared.folder).keys() == {"distill"}
-    shared("resume")
-    assert weights(shared.folder) == weights(unbroken)
+    assert killed.result.continuation == "ssld resume --out runs/shared"
+    assert killed.weights.keys() == {"distill"}
 
 
-def test_ctrl_c_for_all_saves_and_one_process_may_finish(shared):
-    process = shared.start(*RUN)
-    in_the_middle(shared, process, "distill")
-    shared.stop(process, signal.SIGINT)
-    stopped = shared.wait(process, 130)
-    assert not left(process)
-    assert "Error: distill: stopped by SIGINT after step " in stopped.err
-    assert stopped.continuation == "ssld resume --out runs/shared"
-    done = shared("resume", "--nproc", 1)
+def test_a_terminated_run_saves(broken):
+    assert "Error: finetune: stopped by SIGTERM after step " in broken["SIGTERM"].result.err
+
+
+def test_ctrl_c_while_the_others_start_is_no_fault_of_theirs(interrupted):
+    stopped = interrupted["at the start"]
+    assert not stopped.left
+    assert re.search(r"^Error: .*stopped", stopped.result.err, re.MULTILINE)
+    assert "rank 1" not in stopped.result.err
+    assert not stopped.weights
+
+
+def test_ctrl_c_for_all_saves_and_one_process_may_finish(interrupted):
+    stopped, done = interrupted["in a step"], interrupted["its end, by one process"]
+    assert not stopped.left
+    assert "Error: distill: stopped by SIGINT after step " in stopped.result.err
+    assert stopped.result.continuation == "ssld resume --out runs/shared"
     assert 'warning: the same weights as in an unbroken run are not promised, since ranks: "2" → "1"' in done.err
     assert [row["state"] for row in done.table()] == ["finished", "finished"]
-    assert set(weights(shared.folder)) == {"distill", "finetune"}
-    assert json.loads((shared.folder / "runs" / "shared" / "run.json").read_text())["nproc"] == 1
+    assert json.loads((interrupted["run"] / "run.json").read_text())["nproc"] == 1
 
 
-@pytest.mark.xfail(strict=True, reason="a rank hears signals until paddle is imported, and rank 0 then misses it")
-def test_ctrl_c_while_the_others_start_is_no_fault_of_theirs(shared):
-    process = shared.start(*RUN)
-    shared.until(lambda: followers(process), process)
-    shared.stop(process, signal.SIGINT)
-    stopped = shared.wait(process, 130)
-    assert not left(process)
-    assert "stopped by SIGINT" in stopped.err
-    assert "rank 1" not in stopped.err
-
-
-def test_an_image_that_only_a_follower_finds_damaged_is_named_with_its_rank(ssld, site, tmp_path_factory):
+def test_an_image_that_only_a_follower_finds_damaged_is_named_with_its_rank(interrupted):
     """The second shard is labelled by rank 1."""
-    damaged = PER_SHARD + 5
-    prepare(ssld, site, write_shards(tmp_path_factory.mktemp("damaged"), damaged))
-    ssld(*RUN, "--until", "distill")
-    log = (ssld.folder / "runs" / "shared" / "train.log").read_text()
+    log = (interrupted["run"] / "train.log").read_text()
     line = next(line for line in log.splitlines() if line.endswith("(rank 1)"))
     assert "skipped, damaged: " in line
-    assert f"shard-000001.tar: {damaged:06d}.png" in line
+    assert f"shard-000001.tar: {DAMAGED:06d}.png" in line
     assert "(1 of at most 1)" in line
