@@ -23,7 +23,7 @@ from ssld.train.networks import use_device
 
 CASES = (("MobileNetV3_small_x1_0", 64, 64), ("MobileNetV3_large_x1_0", 224, 16), ("ResNet18_vd", 64, 32))
 TINY = (("MobileNetV3_small_x0_35", 32, 8),)
-SECONDS = 5.0
+SECONDS = 10.0
 
 
 def trained(network: str, size: int, batch: int, count: int, seconds: float) -> tuple[float, list[float]]:
