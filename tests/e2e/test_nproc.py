@@ -176,8 +176,8 @@ def broken(started, pool) -> dict[str, Ended]:
 
 
 @pytest.fixture(scope="module")
-def interrupted(started, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
-    """The same of Ctrl-C, while the other rank starts and in a step. An image of the second shard is damaged."""
+def interrupted(started, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The same of Ctrl-C, while the other rank starts and in a step; the second shard has a damaged image."""
     ssld = started("interrupted", write_shards(tmp_path_factory.mktemp("damaged"), DAMAGED))
     found = {}
 
