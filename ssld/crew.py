@@ -81,10 +81,12 @@ class Follower:
 def _message(line: str) -> dict[str, Any]:
     """What a rank says; what something else printed, before the rank could see to it, is a note."""
     try:
-        message: dict[str, Any] = json.loads(line)
+        message = json.loads(line)
     except ValueError:
-        return {"note": line.rstrip()}
-    return message
+        message = None
+    if isinstance(message, dict) and message.keys() & {"note", "error", "word"}:
+        return message
+    return {"note": line.rstrip()}
 
 
 class Crew:

@@ -241,9 +241,6 @@ def test_what_is_printed_before_a_rank_begins_is_a_note(play, lead):
     assert notes == ["welcome: 1 of 2 (rank 1)"]
 
 
-@pytest.mark.xfail(strict=True, reason="whatever is JSON counts as a message")
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-@pytest.mark.timeout(20)
 @pytest.mark.parametrize("printed", ["42", "[]", "null", '{"size": 3}'])
 def test_what_is_printed_is_a_note_also_where_it_is_json(play, lead, printed):
     play(f"print({printed!r}, flush=True)\nsay(word='labelled')\n" + WAITS)
