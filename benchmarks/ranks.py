@@ -2,8 +2,8 @@
 
     python benchmarks/ranks.py
 
-A stage as a run trains it, on digits, which cost next to nothing to decode, from the end of the first step on; each has a
-core to compute on, and decodes on what is left of it. One process decodes on both cores, and computes on one.
+A stage as a run trains it, on digits, which cost next to nothing to decode, from the end of the first step on. Each of
+two processes reads on the core of its step; one process has the other core for that.
 """
 
 import tempfile
