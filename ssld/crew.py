@@ -173,7 +173,10 @@ class Crew:
     def _blame(self, error: Missed) -> None:
         """Raise what the rank that is gone has met: a sum only tells that one is."""
         until, left = time.monotonic() + PARTING, list(self.followers)
-        while left and time.monotonic() < until:
+        late = False
+        # a last look when the time is up: the machine may have stood still meanwhile
+        while left and not late:
+            late = time.monotonic() > until
             for follower in list(left):
                 try:
                     follower.hear(GLANCE / 10)
