@@ -62,6 +62,12 @@ def known(*tensors: paddle.Tensor) -> bool:
     )
 
 
+def learns(x: paddle.Tensor, weight: paddle.Tensor, bias: paddle.Tensor | None) -> bool:
+    """Whether a gradient will be asked for of any of them, and kernels know their numbers."""
+    frozen = x.stop_gradient and weight.stop_gradient and (bias is None or bias.stop_gradient)
+    return not frozen and paddle.is_grad_enabled() and known(x, weight)
+
+
 class Fast:
     """A layer that trains by our kernels."""
 

@@ -162,9 +162,7 @@ class Conv2D(nn.Conv2D, compiling.Fast):
 
     def _shape(self, x: paddle.Tensor) -> list[int] | None:
         """The shape of the output; None unless x is one for the kernels, and a gradient will be asked for."""
-        weight, bias = self.weight, self.bias
-        frozen = x.stop_gradient and weight.stop_gradient and (bias is None or bias.stop_gradient)
-        if frozen or not paddle.is_grad_enabled() or not compiling.known(x, weight):
+        if not compiling.learns(x, self.weight, self.bias):
             return None
         shape = x.shape
         if len(shape) != 4 or shape[0] == 0 or shape[1] != self._in_channels:
