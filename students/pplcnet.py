@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 import paddle
 from paddle import nn
-from paddle.nn import functional as F
 from paddle.nn.initializer import KaimingNormal
 from paddle.regularizer import L2Decay
 
@@ -24,7 +23,10 @@ from ssld.errors import RecipeError
 from ssld.train.convolution import Conv2D
 from ssld.train.normalization import BatchNorm, ConvNorm
 
-from .mobilenet_v3 import make_divisible  # noqa: TID251
+from .mobilenet_v3 import SqueezeExcite, make_divisible  # noqa: TID251
+
+SIXTH = 0.1666667
+"""Slope of the gate: paddle's default, to its last digit."""
 
 STRIDES = (2, 2, 2, 2, 2)
 FEATURES = 1280
@@ -57,22 +59,6 @@ def _conv_bn(width_in: int, width: int, kernel: int, stride: int = 1, groups: in
     return ConvNorm(("conv", conv), ("bn", bn), ("act", nn.Hardswish()))
 
 
-class SqueezeExcite(nn.Layer):
-    """Scales each channel by a gate in [0, 1] that is computed from the means of all channels.
-
-    The gate is clip(x / 6 + 0.5, 0, 1), as in the paper of MobileNetV3 and unlike in PaddleClas's.
-    """
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.avg_pool = nn.AdaptiveAvgPool2D(1)
-        self.conv1 = Conv2D(width, width // 4, 1)
-        self.conv2 = Conv2D(width // 4, width, 1)
-
-    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
-        return x * F.hardsigmoid(self.conv2(F.relu(self.conv1(self.avg_pool(x)))))
-
-
 class DepthwiseSeparable(nn.Layer):
     """Filter each channel, gate, then mix the channels by 1x1."""
 
@@ -80,7 +66,7 @@ class DepthwiseSeparable(nn.Layer):
         super().__init__()
         width_in, width = make_divisible(row.width_in * scale), make_divisible(row.width * scale)
         self.dw_conv = _conv_bn(width_in, width_in, row.kernel, stride, groups=width_in)
-        self.se = SqueezeExcite(width_in) if row.excite else nn.Identity()
+        self.se = SqueezeExcite(width_in, SIXTH) if row.excite else nn.Identity()
         self.pw_conv = _conv_bn(width_in, width, 1)
 
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:

@@ -213,7 +213,7 @@ def test_strides_change_no_name_and_the_size_of_the_map_alone(build):
 
 
 def test_the_gate_is_clipped_at_both_ends():
-    layer = pplcnet.SqueezeExcite(16)
+    layer = pplcnet.SqueezeExcite(16, pplcnet.SIXTH)
     weights = {f"se.{key}": value for key, value in randomize(layer).items()}
     for part in (layer.conv1, layer.conv2):
         part.weight.set_value(part.weight * 4)
