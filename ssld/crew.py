@@ -7,15 +7,13 @@ and is told by lines on their standard output. The end of the input means that r
 from __future__ import annotations
 
 import json
-import os
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Empty, Queue
@@ -24,6 +22,7 @@ from typing import IO, Any
 from ssld import errors
 from ssld.contracts import Ranks
 from ssld.errors import Interrupted, RankError, SsldError
+from ssld.processes import start
 from ssld.train.ranks import Meeting, Missed, shared_memory
 
 PARTING = 10.0
@@ -152,18 +151,10 @@ class Crew:
     def _start(self, number: int, memory: IO[bytes]) -> None:
         own, other = socket.socketpair()
         self.sockets.append(own)
-        with other, _signals_for_rank_0():
+        with other:
             given = (other.fileno(), memory.fileno())
             words = [str(self.directory), *map(str, (number, self.count, *given))]
-            process = subprocess.Popen(
-                # -P: what lies in the current directory is not to be imported
-                [sys.executable, "-P", "-m", "ssld.follower", *words],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-                pass_fds=given,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
-            )
+            process = start("ssld.follower", words, text=True, pass_fds=given)
         follower = Follower(number, process)
         listener = threading.Thread(target=follower.listen, args=(self.note,), daemon=True)
         listener.start()
@@ -205,13 +196,3 @@ class Crew:
         for opened in (*self.sockets, self.memory):
             if opened is not None:
                 opened.close()
-
-
-@contextmanager
-def _signals_for_rank_0() -> Iterator[None]:
-    """A process that is started here never hears SIGINT and SIGTERM: one to the whole group is rank 0's to act upon."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)

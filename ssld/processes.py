@@ -1,0 +1,41 @@
+"""Other processes of ours: started afresh, never forked, because a fork of a process with threads may hang."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+
+def start(
+    module: str, words: Sequence[str] = (), *, text: bool, pass_fds: Sequence[int] = (), env: Mapping[str, str] = {}
+) -> subprocess.Popen[Any]:
+    """Run a module as `python -m`, with pipes to its standard input and from its standard output.
+
+    Its input ends when this process does, however it goes, and then the module has to end. It never hears SIGINT and
+    SIGTERM: a signal to the whole group is for this process to act upon.
+    """
+    with _deaf():
+        return subprocess.Popen(
+            # -P: what lies in the current directory is not to be imported
+            [sys.executable, "-P", "-m", module, *words],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=text,
+            pass_fds=pass_fds,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path), **env},
+        )
+
+
+@contextmanager
+def _deaf() -> Iterator[None]:
+    """What is started in here inherits that the two signals are blocked."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
