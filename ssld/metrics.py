@@ -1,6 +1,7 @@
 """How often the right class is among the first k, how sure one can be of it, and how far student and teacher agree."""
 
 import math
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -8,21 +9,31 @@ from ssld.contracts import Soft
 from ssld.errors import DataError
 
 
-def top_k(logits: np.ndarray, labels: np.ndarray, k: int) -> float:
-    """Share, in [0, 1], of samples whose label is among the k classes of the largest logits.
+def places(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """How many classes come before the label of each sample, int64 [samples]; 0 where it is the answer.
 
-    logits: float [samples, classes]; labels: int [samples], each in [0, classes). Of equal logits the smaller class
-    comes first, so that a network that says the same of all classes scores as if it always answered 0. Raises
-    DataError for NaN, a label outside the classes, shapes that do not belong together, or no sample at all.
+    logits: float [samples, classes]; labels: int [samples], each in [0, classes). The largest logit comes first, and of
+    equal ones the smaller class, so that a network that says the same of all classes counts as if it always answered 0.
+    Raises DataError for NaN, a label outside the classes, shapes that do not belong together, or no sample at all.
 
-    >>> top_k(np.array([[3.0, 2.0, 1.0], [3.0, 2.0, 1.0]]), np.array([0, 1]), k=1)
-    0.5
+    >>> places(np.array([[3.0, 2.0, 1.0], [3.0, 3.0, 3.0]]), np.array([1, 2])).tolist()
+    [1, 2]
     """
     _check(logits, labels)
     own = np.take_along_axis(logits, labels[:, None], axis=1)
     earlier = np.arange(logits.shape[1]) < labels[:, None]
     ahead = (logits > own) | ((logits == own) & earlier)
-    return float((ahead.sum(axis=1) < k).mean())
+    found: np.ndarray = ahead.sum(axis=1)
+    return found
+
+
+def top_k(logits: np.ndarray, labels: np.ndarray, k: int) -> float:
+    """Share, in [0, 1], of samples whose label is among the first k classes, as `places` counts them.
+
+    >>> top_k(np.array([[3.0, 2.0, 1.0], [3.0, 2.0, 1.0]]), np.array([0, 1]), k=1)
+    0.5
+    """
+    return float((places(logits, labels) < k).mean())
 
 
 def wilson(correct: int, total: int, z: float = 1.96) -> tuple[float, float]:
@@ -56,6 +67,15 @@ def best_class(soft: Soft) -> np.ndarray:
 def agreement(logits: np.ndarray, soft: Soft) -> tuple[float, float]:
     """How often, in [0, 1], student and teacher answer the same, and the mean KL(teacher || student) in nats.
 
+    Of each sample as `compared` says.
+    """
+    same, divergence = compared(logits, soft)
+    return float(same.mean()), float(divergence.mean())
+
+
+def compared(logits: np.ndarray, soft: Soft) -> tuple[np.ndarray, np.ndarray]:
+    """Whether student and teacher answer the same, bool [samples], and KL(teacher || student), float64 [samples].
+
     logits: the student's, float [samples, classes]. Classes that the soft labels do not keep count as one.
     """
     student = _log_softmax(logits.astype(np.float64) / soft.temperature)
@@ -65,8 +85,27 @@ def agreement(logits: np.ndarray, soft: Soft) -> tuple[float, float]:
         np.put_along_axis(others, soft.ids, -np.inf, axis=1)
         rest = np.logaddexp.reduce(others, axis=1)
         student = np.column_stack([np.take_along_axis(student, soft.ids, axis=1), rest])
-    divergence = (np.exp(teacher) * (teacher - student)).sum(axis=1)
-    return float((logits.argmax(axis=1) == best_class(soft)).mean()), float(divergence.mean())
+    divergence: np.ndarray = (np.exp(teacher) * (teacher - student)).sum(axis=1)
+    return logits.argmax(axis=1) == best_class(soft), divergence
+
+
+def means(batches: Iterable[Sequence[np.ndarray]]) -> list[float]:
+    """The mean of each of some values over all samples, which come in batches: arrays [samples of the batch].
+
+    Raises DataError where there is no sample at all.
+
+    >>> means([(np.array([True, False]), np.array([1, 2])), (np.array([False]), np.array([6]))])
+    [0.3333333333333333, 3.0]
+    """
+    total: np.ndarray = np.zeros(1)
+    samples = 0
+    for batch in batches:
+        total = total + np.sum(batch, axis=1, dtype=np.float64)
+        samples += len(batch[0])
+    if not samples:
+        raise DataError("expected at least one sample to take a mean of, got none")
+    found: list[float] = (total / samples).tolist()
+    return found
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import closing
+
 import numpy as np
 from paddle import nn
 
@@ -9,7 +12,8 @@ from ssld.contracts import Reference
 from ssld.data.loader import Damage, evaluation_batches
 from ssld.data.samples import Samples
 from ssld.data.transforms import Pipeline, normalize
-from ssld.metrics import agreement, top_k
+from ssld.errors import DataError
+from ssld.metrics import compared, means, places
 from ssld.threads import cores, decoders
 from ssld.train.frozen import Frozen
 
@@ -34,14 +38,18 @@ class Evaluator:
         With a reference also `agreement`, the share of its images that student and teacher put in the same class, and
         `kl`, the mean divergence of the student from the teacher in nats.
         """
-        frozen = self._now()
-        scores, indices = answers(frozen, samples, self._pipeline, Damage(0))
-        assert samples.labels is not None, "validation sets are opened with labels"
-        truth = samples.labels[indices]
-        metrics = {"top1": top_k(scores, truth, 1), "top5": top_k(scores, truth, min(5, scores.shape[1]))}
+        truth, frozen = samples.labels, self._now()
+        assert truth is not None, "validation sets are opened with labels"
+        with closing(answers(frozen, samples, self._pipeline, Damage(0))) as found:
+            ahead = (places(scores, truth[indices]) for scores, indices in found)
+            top1, top5 = means((before < 1, before < 5) for before in ahead)
+        metrics = {"top1": top1, "top5": top5}
         if reference is not None:
-            scores, indices = answers(frozen, reference.samples, self._pipeline, Damage(reference.damage_budget))
-            metrics["agreement"], metrics["kl"] = agreement(scores, reference.soft(indices))
+            damage = Damage(reference.damage_budget)
+            with closing(answers(frozen, reference.samples, self._pipeline, damage)) as found:
+                metrics["agreement"], metrics["kl"] = means(
+                    compared(scores, reference.soft(indices)) for scores, indices in found
+                )
         return metrics
 
     def _now(self) -> Frozen:
@@ -60,10 +68,22 @@ def evaluate(
     return Evaluator(network, pipeline, device)(samples, reference)
 
 
-def answers(frozen: Frozen, samples: Samples, pipeline: Pipeline, damage: Damage) -> tuple[np.ndarray, np.ndarray]:
-    """Logits [N, classes] of the samples that are readable, and their indices [N]."""
-    logits, indices, workers = [], [], decoders(cores())
-    for batch in evaluation_batches(samples, pipeline, batch_size=BATCH, workers=workers, damage=damage):
-        logits.append(frozen(normalize(batch.images[0], pipeline.mean, pipeline.std)))
-        indices.append(batch.indices)
-    return np.concatenate(logits), np.concatenate(indices)
+def answers(
+    frozen: Frozen, samples: Samples, pipeline: Pipeline, damage: Damage
+) -> Generator[tuple[np.ndarray, np.ndarray], None, None]:
+    """Batches of the samples that are readable: their logits [B, classes], and their indices [B].
+
+    Raises DataError, with the sample, for logits that are no numbers.
+    """
+    workers = decoders(cores())
+    batches = evaluation_batches(samples, pipeline, batch_size=BATCH, workers=workers, damage=damage)
+    with closing(batches):
+        for batch in batches:
+            logits = frozen(normalize(batch.images[0], pipeline.mean, pipeline.std))
+            broken = np.isnan(logits).any(axis=1)
+            if broken.any():
+                raise DataError(
+                    f"{samples.where(int(batch.indices[broken.argmax()]))}: expected numbers as logits, got NaN; the "
+                    f"network's weights are damaged"
+                )
+            yield logits, batch.indices

@@ -8,7 +8,7 @@ import pytest
 from ssld import metrics
 from ssld.contracts import Soft
 from ssld.errors import DataError
-from ssld.metrics import agreement, best_class, top_k, wilson
+from ssld.metrics import agreement, best_class, compared, means, places, top_k, wilson
 
 
 def sorted_top_k(logits, labels, k):
@@ -26,6 +26,16 @@ def test_equals_sorting_also_with_ties(k, levels):
     logits = draw.integers(0, levels, (200, 10)).astype(np.float32)
     labels = draw.integers(0, 10, 200)
     assert top_k(logits, labels, k) == pytest.approx(sorted_top_k(logits, labels, k), abs=1e-12)
+
+
+@pytest.mark.parametrize("levels", [2, 10**6])
+def test_the_place_of_a_label_is_that_of_sorting(levels):
+    draw = np.random.default_rng(levels)
+    logits, labels = draw.integers(0, levels, (60, 10)).astype(np.float32), draw.integers(0, 10, 60)
+    orders = [sorted(range(10), key=lambda c, row=row: (-row[c], c)) for row in logits.tolist()]
+    assert places(logits, labels).tolist() == [
+        order.index(label) for order, label in zip(orders, labels.tolist(), strict=True)
+    ]
 
 
 def test_equal_logits_count_as_the_answer_zero():
@@ -171,5 +181,33 @@ def test_what_is_summed_up_hides_divergence_and_adds_none():
     assert found[-1] == pytest.approx(agreement(student, Soft(None, np.log(taught)))[1])
 
 
+# Batch by batch -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 7, 40, 64])
+def test_a_mean_of_batches_is_that_of_all_samples_and_not_of_the_batches(size):
+    student, taught = drawn(11)
+    soft, labels = kept_of(taught, 3), taught.argmax(axis=1)
+    batches = [slice(start, start + size) for start in range(0, 40, size)]
+    found = means(
+        (places(student[part], labels[part]) < 2, *compared(student[part], Soft(soft.ids[part], soft.logits[part])))
+        for part in batches
+    )
+    assert found[:2] == [top_k(student, labels, 2), agreement(student, soft)[0]]
+    assert found[2] == pytest.approx(agreement(student, soft)[1], rel=1e-12)
+
+
+def test_sums_are_taken_in_float64():
+    """In float32 the sum stands still at 2 ** 24."""
+    ones = np.ones(2**22, np.float32)
+    assert means([(ones,)] * 5 + [(np.zeros(1, np.float32),)]) == [5 * 2**22 / (5 * 2**22 + 1)]
+
+
+@pytest.mark.parametrize("batches", [[], [(np.zeros(0), np.zeros(0))]])
+def test_a_mean_of_nothing_is_refused(batches):
+    with pytest.raises(DataError, match="at least one sample"):
+        means(batches)
+
+
 def test_examples():
-    assert doctest.testmod(metrics) == (0, 2)
+    assert doctest.testmod(metrics) == (0, 4)

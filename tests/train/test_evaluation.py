@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+from collections import deque
 from dataclasses import replace
 
 import numpy as np
@@ -156,6 +158,79 @@ def test_agreement_and_divergence_are_those_of_a_count_by_hand(shapes, monkeypat
     assert 0.5 <= found["agreement"] < 1
     assert found["kl"] == pytest.approx((q * np.log(q / p)).sum(1).mean(), rel=1e-3)
     assert {name: found[name] for name in ("top1", "top5")} == evaluate(network, shapes(4), PIPELINE, "cpu")
+
+
+class Made:
+    """A network that costs nothing, with logits of whole numbers so that many are equal, drawn batch by batch.
+
+    said: all that it has answered; broken: the image, counted over all, of which it says NaN.
+    """
+
+    def __init__(self, classes):
+        self.draw, self.classes, self.said, self.asked, self.broken = np.random.default_rng(0), classes, [], 0, None
+
+    def __call__(self, images):
+        self.said.append(self.draw.integers(0, 4, (len(images), self.classes)))
+        logits = self.said[-1].astype(np.float32)
+        if self.broken in range(self.asked, self.asked + len(images)):
+            logits[self.broken - self.asked, 1] = np.nan
+        self.asked += len(images)
+        return logits
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """made(classes): the network that the next evaluation takes in place of its own, in batches of 8."""
+    monkeypatch.setattr(evaluation, "BATCH", 8)
+
+    def make(classes):
+        network = Made(classes)
+        monkeypatch.setattr(Evaluator, "_now", lambda self: network)
+        return network
+
+    return make
+
+
+def test_counted_batch_by_batch_the_numbers_are_those_of_all_at_once(made, shapes):
+    network, samples = made(CLASSES), shapes(50, seed=4)
+    taught = np.random.default_rng(3).normal(size=(50, CLASSES)).astype(np.float32)
+    found = evaluate(Linear(), samples, PIPELINE, "cpu", referred(samples, taught))
+    validated, compared = np.concatenate(network.said).astype(float).reshape(2, 50, CLASSES)
+    # a stable sort of the falling logits: of equal ones the smaller class comes first
+    order = np.argsort(-validated, axis=1, kind="stable")
+    place = (order == samples.labels[:, None]).argmax(axis=1)
+    p, q = (np.exp(x) / np.exp(x).sum(1, keepdims=True) for x in (compared, taught.astype(float)))
+    assert found == {
+        "top1": np.mean(place == 0),
+        "top5": np.mean(place < 5),
+        "agreement": np.mean(compared.argmax(1) == taught.argmax(1)),
+        "kl": pytest.approx((q * np.log(q / p)).sum(1).mean(), rel=1e-12),
+    }
+    assert 0 < found["top1"] < found["top5"] < 1
+    assert len(np.unique(validated[0])) < CLASSES, "there are equal ones"
+
+
+def test_memory_does_not_grow_with_the_set(made, shapes):
+    """Beyond a few bytes for an image, which are nothing beside its logits."""
+    classes, peaks = 2000, []
+    for count in (16, 160):
+        samples = shapes(count, seed=4)
+        reference = Reference(samples, lambda at: Soft(None, np.zeros((len(at), classes), np.float32)), 0.9, 0.3, 0)
+        measure = Evaluator(Linear(), PIPELINE, "cpu")
+        # the peak of a longer evaluation must not come from what the test keeps
+        made(classes).said = deque(maxlen=1)
+        tracemalloc.start()
+        measure(samples, reference)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    logits = 4 * classes
+    assert peaks[1] - peaks[0] < (160 - 16) * logits / 4
+
+
+def test_logits_that_are_no_numbers_are_refused_with_the_image(made, shapes):
+    made(CLASSES).broken = 11
+    with pytest.raises(DataError, match=r"image 11.*: expected numbers as logits, got NaN"):
+        evaluate(Linear(), shapes(20), PIPELINE, "cpu")
 
 
 def test_more_damage_than_the_reference_allows_is_named(shapes):
