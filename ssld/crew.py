@@ -175,7 +175,7 @@ class Crew:
                     continue
                 except SsldError as fault:
                     # one that has missed another rank itself has nothing to tell
-                    if follower.process.poll() != RankError.exit_code:
+                    if not isinstance(fault, RankError) or follower.process.poll() != RankError.exit_code:
                         raise fault from error
                     left.remove(follower)
 

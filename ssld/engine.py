@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from ssld.changes import Old, refusal, what_changed
 from ssld.environment import environment
-from ssld.errors import ChangedError, CheckpointError, Interrupted, RankError, RecipeError, SsldError, StorageError
+from ssld.errors import ChangedError, CheckpointError, Interrupted, ProcessError, RecipeError, SsldError, StorageError
 from ssld.graph import Node, Plan, make_plan
 from ssld.inputs import Inputs
 from ssld.journal import Journal
@@ -198,7 +198,7 @@ class Runner:
             except SsldError as error:
                 if not isinstance(error, ChangedError):
                     journal.detail(f"Error: {error}")
-                if isinstance(error, Interrupted | RankError | StorageError) and self.directory.exists():
+                if isinstance(error, Interrupted | ProcessError | StorageError) and self.directory.exists():
                     error.add_note(f"continue: ssld resume --out {shlex.quote(str(self.directory.path))}")
                 raise
             finally:

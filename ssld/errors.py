@@ -6,7 +6,8 @@
     │   ├── CheckpointError  a checkpoint or a weights file is damaged or does not fit
     │   ├── LabelError       a file of soft labels is missing, damaged, or not the one it should be
     │   └── TeacherError     what a teacher returned, or how good it is, cannot be trusted
-    ├── RankError       71   one of the processes that train together is gone
+    ├── ProcessError    71   one of the processes of a run is gone
+    │   └── RankError        one of those that train together
     ├── PluginError     70   a plug-in is named twice, fails to import or breaks its contract
     ├── OutputError     73   a directory cannot be created or written
     ├── StorageError    74   writing failed: no space left, an input/output error
@@ -52,10 +53,14 @@ class PluginError(SsldError):
     """A plug-in is named twice, fails to import or breaks its contract."""
 
 
-class RankError(SsldError):
-    """One of the processes that train a stage together is gone."""
+class ProcessError(SsldError):
+    """One of the processes of a run is gone."""
 
     exit_code = 71
+
+
+class RankError(ProcessError):
+    """One of the processes that train a stage together is gone."""
 
 
 class OutputError(SsldError):

@@ -52,11 +52,8 @@ def share() -> int:
 
 
 def decoders(free: int) -> int:
-    """Threads that decode and render on so many cores; more than a few wait for each other, as Python runs one.
-
-    None where no core is free: one that is put to sleep while it holds the interpreter holds up the step as well.
-    """
-    return min(4, free)
+    """Processes that decode and render on so many cores, none where no core is free; each takes about 60 MB."""
+    return min(16, free)
 
 
 def of_step() -> int:

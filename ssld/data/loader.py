@@ -1,13 +1,13 @@
-"""Batches of views: decoded in ordered threads, endless for training and one pass for evaluation.
+"""Batches of views in a fixed order, endless for training and one pass for evaluation.
 
-Threads, not processes: Pillow releases the lock of the interpreter, and a thread can neither be orphaned nor lose a
-random state, because there is none: the view of a sample is a function of the seed, its key and the epoch.
+Threads read the bytes and have the views rendered. They have no state to lose: the view of a sample is a function of
+the seed, its key and the epoch.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -15,13 +15,11 @@ from itertools import chain, count, islice
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
-from PIL import Image
 
-from ssld.data.images import decode
 from ssld.data.order import Order
+from ssld.data.rendering import Renderer, Views, Work, render
 from ssld.data.transforms import Pipeline
 from ssld.errors import DataError
-from ssld.seeds import derive
 from ssld.threads import decoders, share
 
 if TYPE_CHECKING:
@@ -32,6 +30,9 @@ R = TypeVar("R")
 
 HANDED_OVER = 8
 """Images that a thread takes on at a time, at most."""
+
+renderer = Renderer()
+"""All streams of the process share it: training goes on where an evaluation ends."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,8 +114,8 @@ def training_batches(
     view, takes its slot.
 
     part: the rows of every batch that are wanted, None for all. What they hold does not depend on it.
-    window: shards open at once, None for all; workers: threads, 0 for none, None for what this rank's cores allow;
-    ahead: batches decoded in advance.
+    window: shards open at once, None for all; workers: images rendered at once, 0 for none beside the caller, None for
+    what this rank's cores allow; ahead: batches rendered in advance.
     Closing the generator ends its threads. Raises DataError: more damage than the budget, nothing readable, or
     operators that end at another size; ValueError where the pipelines cannot share a view.
     """
@@ -128,10 +129,10 @@ def training_batches(
         for step in count(start)
         for index, epoch in zip(*(column[rows] for column in order.batch(step, batch_size)), strict=True)
     )
-    loader = _Loader(samples, distinct, tries=min(damage.budget + 1, len(samples)))
     wanted = len(range(batch_size)[rows])
-    # beside a step, whose core is its own: what decodes on it too waits for the interpreter, and so does the step
+    # beside a step, whose core is its own
     threads = decoders(share() - 1) if workers is None else workers
+    loader = _Loader(samples, distinct, tries=min(damage.budget + 1, len(samples)), alone=not threads)
     loaded = _in_order(loader.load, requests, threads, ahead * wanted)
     return _batches(samples, loaded, slots, wanted, start, damage)
 
@@ -174,7 +175,8 @@ def view_batches(
     requests = (_Request(index, replay.seed, tuple(range(replay.views))) for index in indices)
     samples_ahead = max(1, ahead * batch_size // replay.views)
     threads = decoders(share()) if workers is None else workers
-    loaded = _in_order(_Loader(samples, (pipeline,), tries=1).load, requests, threads, samples_ahead)
+    loader = _Loader(samples, (pipeline,), tries=1, alone=not threads)
+    loaded = _in_order(loader.load, requests, threads, samples_ahead)
     return _batches(samples, loaded, (0,), batch_size, 0, damage)
 
 
@@ -191,11 +193,11 @@ class _Request:
 class _Loaded:
     """What a request brought: the sample that was readable, and the damaged ones that were met before it.
 
-    views: (number of the view, its pixels for each distinct pipeline); empty where no sample was readable.
+    views: empty where no sample was readable.
     """
 
     index: int
-    views: tuple[tuple[int, tuple[np.ndarray, ...]], ...]
+    views: Views
     damaged: tuple[tuple[int, DataError], ...]
 
 
@@ -210,34 +212,38 @@ class _Row:
 
 @dataclass(frozen=True)
 class _Loader:
-    """What the threads share, and only read. tries: samples tried for one slot, from the wanted one on."""
+    """What the threads share, and only read.
+
+    tries: samples tried for one slot, from the wanted one on; alone: render in the caller's thread, whatever it takes.
+    """
 
     samples: Samples
     pipelines: tuple[Pipeline, ...]
     tries: int
+    alone: bool
 
-    def load(self, request: _Request) -> _Loaded:
+    def load(self, requests: tuple[_Request, ...]) -> list[_Loaded]:
+        found = self._rendered([(request, request.index) for request in requests])
+        return [self._filled(request, views) for request, views in zip(requests, found, strict=True)]
+
+    def _filled(self, request: _Request, found: Views | DataError) -> _Loaded:
         damaged: list[tuple[int, DataError]] = []
-        for index in range(request.index, request.index + self.tries):
-            index %= len(self.samples)
-            # Outside of the `try`: a shard that cannot be read is no damaged image, and stops the run by its name.
-            data = self.samples.read(index)
-            try:
-                image = decode(data)
-            except DataError as error:
-                damaged.append((index, error))
-            else:
-                return _Loaded(index, self._render(image, index, request), tuple(damaged))
-        return _Loaded(request.index, (), tuple(damaged))
+        index = request.index
+        while isinstance(found, DataError):
+            damaged.append((index, found))
+            if len(damaged) == self.tries:
+                return _Loaded(request.index, (), tuple(damaged))
+            index = (index + 1) % len(self.samples)
+            [found] = self._rendered([(request, index)])
+        return _Loaded(index, found, tuple(damaged))
 
-    def _render(
-        self, image: Image.Image, index: int, request: _Request
-    ) -> tuple[tuple[int, tuple[np.ndarray, ...]], ...]:
-        key, rendered = self.samples.key(index), []
-        for number in request.views:
-            view = self.pipelines[0].draw(*image.size, derive(request.seed, key, number))
-            rendered.append((number, tuple(pipeline.render(image, view) for pipeline in self.pipelines)))
-        return tuple(rendered)
+    def _rendered(self, wanted: Sequence[tuple[_Request, int]]) -> list[Views | DataError]:
+        # a shard that cannot be read is no damaged image, and stops the run by its name
+        works = [
+            Work(self.samples.read(index), self.samples.key(index), request.seed, request.views)
+            for request, index in wanted
+        ]
+        return [render(self.pipelines, work) for work in works] if self.alone else renderer(self.pipelines, works)
 
 
 def _distinct(pipelines: tuple[Pipeline, ...]) -> tuple[tuple[Pipeline, ...], tuple[int, ...]]:
@@ -250,24 +256,22 @@ def _distinct(pipelines: tuple[Pipeline, ...]) -> tuple[tuple[Pipeline, ...], tu
     return tuple(pipelines[pixels.index(pixel)] for pixel in places), tuple(places[pixel] for pixel in pixels)
 
 
-def _in_order(function: Callable[[T], R], items: Iterable[T], workers: int, ahead: int) -> Generator[R, None, None]:
-    """`map`, in threads: the results in the order of the items, at most `ahead` of them in advance."""
+def _in_order(
+    function: Callable[[tuple[T, ...]], list[R]], items: Iterable[T], workers: int, ahead: int
+) -> Generator[R, None, None]:
+    """What `function` makes of the items, some at a time, in threads: in their order, at most `ahead` in advance."""
     if workers == 0:
-        yield from map(function, items)
+        yield from chain.from_iterable(map(function, batched(items, 1)))
         return
     # to hand over one image at a time would take the step's thread a twentieth of a millisecond for each
     size = max(1, min(HANDED_OVER, ahead // 4))
     chunks = batched(items, size)
     pool = ThreadPoolExecutor(workers, thread_name_prefix="ssld-decode")
-
-    def work(chunk: tuple[T, ...]) -> list[R]:
-        return [function(item) for item in chunk]
-
     try:
-        futures = deque(pool.submit(work, chunk) for chunk in islice(chunks, max(1, ahead // size)))
+        futures = deque(pool.submit(function, chunk) for chunk in islice(chunks, max(1, ahead // size)))
         while futures:
             yield from futures.popleft().result()
-            futures.extend(pool.submit(work, chunk) for chunk in islice(chunks, 1))
+            futures.extend(pool.submit(function, chunk) for chunk in islice(chunks, 1))
     finally:
         pool.shutdown(cancel_futures=True)
 

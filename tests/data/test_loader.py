@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ssld.contracts import Ranks
-from ssld.data import loader
+from ssld.data import rendering
 from ssld.data.images import decode
 from ssld.data.loader import Batch, Damage, Replay, evaluation_batches, training_batches, view_batches
 from ssld.data.order import Order
@@ -376,7 +376,7 @@ def test_an_image_is_decoded_once_for_all_its_views(monkeypatch: pytest.MonkeyPa
         decoded[bytes(data)] += 1
         return decode(data)
 
-    monkeypatch.setattr(loader, "decode", counting)
+    monkeypatch.setattr(rendering, "decode", counting)
     assert len(rendered(Fake(), Replay(0, 6))) == 66
     assert sorted(decoded.values()) == [1] * 11
 
