@@ -25,7 +25,7 @@ import numpy as np
 
 from ssld.data.images import decode
 from ssld.data.transforms import Pipeline
-from ssld.errors import DataError, ProcessError
+from ssld.errors import DataError, ProcessError, SsldError
 from ssld.processes import start
 from ssld.seeds import derive
 
@@ -34,6 +34,9 @@ FIRST = 1.0
 
 Views = tuple[tuple[int, tuple[np.ndarray, ...]], ...]
 """The number of each view, and its pixels for every pipeline, uint8 [S, S, 3]."""
+
+Answer = list[Views | DataError] | Exception
+"""Of a process: the views of each image, or what was raised."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,8 @@ class Renderer:
         if process is not None:
             answer = process.render(pipelines, works)
             self._processes.append(process)
+            if isinstance(answer, Exception):
+                raise answer
             return answer
         began = time.thread_time()
         answer = [render(pipelines, work) for work in works]
@@ -113,18 +118,16 @@ class _Process:
                 self._process.stdout.read(len(UP))
         return self._up
 
-    def render(self, pipelines: Sequence[Pipeline], works: Sequence[Work]) -> list[Views | DataError]:
+    def render(self, pipelines: Sequence[Pipeline], works: Sequence[Work]) -> Answer:
         assert self._process.stdin is not None, "made with a pipe"
         assert self._process.stdout is not None, "made with a pipe"
         message = pickle.dumps((pipelines, works), pickle.HIGHEST_PROTOCOL)
         try:
             self._process.stdin.write(message)
             self._process.stdin.flush()
-            answer = pickle.load(self._process.stdout)  # noqa: S301, it is this very module that writes it
+            answer: Answer = pickle.load(self._process.stdout)  # noqa: S301, it is this very module that writes it
         except (OSError, EOFError, pickle.UnpicklingError) as error:
             raise self._ended(works) from error
-        if isinstance(answer, Exception):
-            raise answer
         return answer
 
     def _ended(self, works: Sequence[Work]) -> ProcessError:
@@ -157,10 +160,13 @@ def serve(wanted: BinaryIO, out: BinaryIO) -> None:
             pipelines, works = pickle.load(wanted)  # noqa: S301, it is this very module that writes it
         except (EOFError, pickle.UnpicklingError):
             return
-        answer: list[Views | DataError] | Exception
+        answer: Answer
         try:
             answer = [render(pipelines, work) for work in works]
+        except SsldError as error:
+            answer = error
         except Exception as error:
+            # a traceback does not travel by itself
             error.add_note("".join(traceback.format_exception(error)))
             answer = error
         pickle.dump(answer, out, pickle.HIGHEST_PROTOCOL)

@@ -118,10 +118,14 @@ def test_there_are_as_many_processes_as_calls_at_a_time(eager: Renderer) -> None
     assert 2 <= len(eager._processes) <= 3
 
 
-def test_what_an_operator_raises_arrives_with_the_place_it_was_raised_at(eager: Renderer) -> None:
+def test_what_is_raised_there_arrives_and_a_defect_with_its_traceback(eager: Renderer) -> None:
     with pytest.raises(DataError, match="expected a view of 8 x 8") as raised:
         eager((Pipeline.read(["RandFlipImage"], 8),), [Work(picture(1), "a", 0, (0,))])
-    assert "transforms.py" in raised.value.__notes__[0]
+    # a note would be shown under the message
+    assert not hasattr(raised.value, "__notes__")
+    with pytest.raises(TypeError) as defect:
+        eager(PIPELINES, [Work(picture(1), "a", 0, None)])
+    assert "rendering.py" in defect.value.__notes__[0]
     # and the process is there for the next
     [views] = eager(PIPELINES, [Work(picture(1), "a", 0, (0,))])
     assert not isinstance(views, DataError)
