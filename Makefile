@@ -1,4 +1,4 @@
-.PHONY: check test wheel types
+.PHONY: check test soak wheel types
 
 check:  ## what takes seconds: style, and the import law
 	ruff check .
@@ -7,6 +7,9 @@ check:  ## what takes seconds: style, and the import law
 
 test:
 	pytest
+
+soak:  ## the long campaigns of faults
+	pytest -m soak
 
 wheel:
 	rm -rf build dist
