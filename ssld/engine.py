@@ -332,11 +332,17 @@ class Runner:
         if node.settings.stored and crew.followers:
             # before a poor teacher is asked about the whole pool
             inputs.soft.check(node)
-            crew.tell(label=node.name)
-            inputs.soft.label(node, 1, crew.count)
-            crew.expect("labelled")
+            self._label(node, inputs, crew)
         task = inputs.task(node, reached)
         crew.tell(train=node.name, fingerprint=node.fingerprint, step=reached.step if reached else 0)
         outcome = node.kind.run(task)
         self.directory.save(node, task, outcome.state, outcome.metrics)
         journal.record("finished", stage=node.name, **outcome.metrics)
+
+    def _label(self, node: Node, inputs: Inputs, crew: Crew) -> None:
+        """Let all ranks make the soft labels that a stage lacks; fewer shards than ranks are left to rank 0's task."""
+        shards = [lacking if len(lacking) >= crew.count else [] for lacking in inputs.soft.lacking(node)]
+        if any(shards):
+            crew.tell(label=node.name, shards=shards)
+            inputs.soft.label_together(node, shards, crew.ranks)
+            crew.expect("labelled")

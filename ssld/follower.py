@@ -66,7 +66,7 @@ def follow(directory: Path, ranks: Ranks, boss: Boss) -> None:
     while True:
         wanted = boss.wanted.get()
         if "label" in wanted:
-            inputs.soft.label(plan.node(wanted["label"]), ranks.number + 1, ranks.count)
+            inputs.soft.label_together(plan.node(wanted["label"]), wanted["shards"], ranks)
             boss.tell(word="labelled")
         elif "attempt" in wanted:
             node = plan.node(wanted["attempt"])

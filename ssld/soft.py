@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ssld.contracts import Reference, SoftLabels
+from ssld.contracts import Ranks, Reference, SoftLabels
 from ssld.data.loader import Damage
 from ssld.data.samples import Samples
 from ssld.graph import Node
@@ -18,6 +18,7 @@ from ssld.labels.reader import Reader, StoredLabels
 from ssld.labels.store import Store
 from ssld.members import Members
 from ssld.teaching.asking import Member, OnlineLabels, Quality, expect_better_than_chance, quality, together
+from ssld.threads import shared_by
 
 
 @dataclass(frozen=True)
@@ -61,26 +62,45 @@ class SoftSource:
 
     def labels(self, node: Node) -> SoftLabels:
         """The soft labels of a stage's data; where they are kept, what is missing is made now."""
-        data, settings = self.members.plan.data, node.settings
-        samples = data.named(settings.data)
+        settings, classes = node.settings, len(self.members.plan.data.classes)
+        samples, budget = self._data(node)
         if settings.stored is None:
             loss = getattr(settings, "loss", None)
             temperature = loss.options.get("temperature", 1.0) if loss else 1.0
-            return OnlineLabels(self.members.of(node), samples, len(data.classes), temperature)
-        return self._complete(self.members.stores(node), samples, data.damage_budget(settings.data))
+            return OnlineLabels(self.members.of(node), samples, classes, temperature)
+        # the other ranks wait until all labels are there
+        with shared_by(1):
+            return self._complete(self.members.stores(node), samples, budget)
 
     def label(self, node: Node, number: int, of: int) -> list[Labelled]:
         """Make what is missing of the static slice `number` (from 1) of `of` slices of a stage's shards."""
-        data = self.members.plan.data
-        samples, budget = data.named(node.settings.data), data.damage_budget(node.settings.data)
+        samples, _ = self._data(node)
+        mine = set(part(range(len(samples.shard_ids)), number, of))
+        lacking = [[shard for shard in shards if shard in mine] for shards in self.lacking(node)]
+        return self._label(node, lacking, f", part {number} of {of}" if of > 1 else "")
+
+    def lacking(self, node: Node) -> list[list[int]]:
+        """The shards of a stage's data without labels, for each teacher; damaged files are named and removed."""
+        samples, _ = self._data(node)
+        return [self._opened(store, samples).lacking for store, _ in self.members.stores(node)]
+
+    def label_together(self, node: Node, shards: Sequence[Sequence[int]], ranks: Ranks) -> None:
+        """Make this rank's slice of the shards that all ranks were told, for each teacher."""
+        slices = [part(each, ranks.number + 1, ranks.count) for each in shards]
+        self._label(node, slices, f", rank {ranks.number}'s part of {ranks.count}")
+
+    def _label(self, node: Node, shards: Sequence[Sequence[int]], share: str) -> list[Labelled]:
+        samples, budget = self._data(node)
         done = []
-        for store, member in self.members.stores(node):
-            mine = part(range(len(samples.shard_ids)), number, of)
-            lacking = [shard for shard in self._opened(store, samples).lacking if shard in mine]
-            share = f", part {number} of {of}" if of > 1 else ""
-            written = self._make(store, member, samples, lacking, budget, share)
+        for (store, member), wanted in zip(self.members.stores(node), shards, strict=True):
+            written = self._make(store, member, samples, wanted, budget, share)
             done.append(Labelled(node.name, member.who, written, len(store.missing(samples)), store.directory))
         return done
+
+    def _data(self, node: Node) -> tuple[Samples, int]:
+        """What a stage trains on, and how many of its images may be damaged."""
+        data, names = self.members.plan.data, node.settings.data
+        return data.named(names), data.damage_budget(names)
 
     def reference(self, node: Node) -> Reference:
         """What the student is compared with at every evaluation."""
