@@ -23,7 +23,7 @@ import safetensors.numpy
 from safetensors import SafetensorError
 
 from ssld import files
-from ssld.errors import CheckpointError
+from ssld.errors import CheckpointError, OutputError
 
 FORMAT = 1
 STUDENT = "student"
@@ -46,7 +46,7 @@ class Checkpoint:
     def tensors(self, name: str) -> dict[str, np.ndarray]:
         """One group of tensors by name, read from the disk and checked again. Raises CheckpointError."""
         file = f"{name}.safetensors"
-        return _decode(self.committed.read(file), self.path / file)
+        return decode(self.committed.read(file), self.path / file)
 
 
 def save(
@@ -117,9 +117,16 @@ def read_weights(path: Path) -> dict[str, np.ndarray]:
     if path.suffix == ".pdparams":
         raise CheckpointError(_pickled(path))
     if not path.is_dir():
-        return _decode(_content(path), path)
+        return decode(_content(path), path)
     found = steps(path)
     return load(directory(path, found[-1]) if found else path).tensors(STUDENT)
+
+
+def write_weights(path: Path, weights: Mapping[str, np.ndarray]) -> None:
+    """Write weights as a .safetensors file. Raises OutputError where a file that differs is there."""
+    data = _encode(weights, str(path))
+    if not files.commit_exclusive(path, data) and _content(path) != data:
+        raise OutputError(f"cannot write {path}: another file has this name; give another one, or remove it")
 
 
 def fit_weights(weights: Mapping[str, np.ndarray], wanted: Mapping[str, tuple[int, ...]], what: str) -> None:
@@ -143,6 +150,22 @@ def fit_weights(weights: Mapping[str, np.ndarray], wanted: Mapping[str, tuple[in
         head = f"{what}: expected the {len(wanted)} tensors of the network, got {len(weights)} that do not match"
         foot = "name the network and the number of classes that the weights were made with"
         raise CheckpointError("\n".join([head, *lines, foot]))
+
+
+def decode(data: bytes, where: Path) -> dict[str, np.ndarray]:
+    """The tensors in the bytes of a .safetensors file; where: for messages. Raises CheckpointError."""
+    length = int.from_bytes(data[:8], "little")
+    if len(data) < 8 or length > HEADER_LIMIT:
+        got = f"{len(data)} bytes" if len(data) < 8 else f"one that announces a header of {length:,} bytes"
+        raise CheckpointError(f"expected a safetensors file (header up to {HEADER_LIMIT:,} bytes), got {got}: {where}")
+    try:
+        return safetensors.numpy.load(data)
+    except SafetensorError as error:
+        raise CheckpointError(f"expected a whole safetensors file, got a damaged one: {where}: {error}") from error
+    except KeyError as error:
+        raise CheckpointError(
+            f"expected tensors of a type that numpy has, got {error} in {where}; convert them to float32"
+        ) from error
 
 
 def directory(root: Path, step: int) -> Path:
@@ -176,21 +199,6 @@ def _encode(group: Mapping[str, np.ndarray], name: str) -> bytes:
         ) from error
 
 
-def _decode(data: bytes, where: Path) -> dict[str, np.ndarray]:
-    length = int.from_bytes(data[:8], "little")
-    if len(data) < 8 or length > HEADER_LIMIT:
-        got = f"{len(data)} bytes" if len(data) < 8 else f"one that announces a header of {length:,} bytes"
-        raise CheckpointError(f"expected a safetensors file (header up to {HEADER_LIMIT:,} bytes), got {got}: {where}")
-    try:
-        return safetensors.numpy.load(data)
-    except SafetensorError as error:
-        raise CheckpointError(f"expected a whole safetensors file, got a damaged one: {where}: {error}") from error
-    except KeyError as error:
-        raise CheckpointError(
-            f"expected tensors of a type that numpy has, got {error} in {where}; convert them to float32"
-        ) from error
-
-
 def _content(path: Path) -> bytes:
     try:
         return path.read_bytes()
@@ -199,12 +207,7 @@ def _content(path: Path) -> bytes:
 
 
 def _pickled(path: Path) -> str:
-    source, target = (json.dumps(str(name), ensure_ascii=False) for name in (path, path.with_suffix(".safetensors")))
-    code = (
-        "import paddle; from safetensors.paddle import save_file; "
-        f"save_file({{k: v.contiguous() for k, v in paddle.load({source}).items()}}, {target})"
-    )
     return (
         f"expected a .safetensors file, got {path}: a .pdparams file is a pickle, which can run code when it is "
-        f"opened; convert one that you trust with: python -c {shlex.quote(code)}"
+        f"opened; bring it over without running it: ssld import {shlex.quote(str(path))}"
     )

@@ -358,6 +358,25 @@ def pack(source: str, out: Path, unlabeled: bool, shard_size: int, max_damaged: 
     click.echo(f"{report.written} images in {report.shards} shards in {out}, {len(report.damaged)} skipped")
 
 
+@main.command("import", short_help="Bring weights of PaddleClas over, without running them.")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--network", metavar="NAME", help="The network that the weights have to fit; looked for when left out.")
+@click.option("--out", type=click.Path(path_type=Path), help="The .safetensors file; beside the other when left out.")
+def import_(file: Path, network: str | None, out: Path | None) -> None:
+    """\b
+    Example:
+      ssld import ResNet50_vd_ssld_pretrained.pdparams
+
+    Write the weights of a .pdparams file as a .safetensors file, with PaddleClas's names of today. A .pdparams file is
+    a pickle, a program; it is read without running it. A file that is there already is not replaced.
+    """
+    from ssld.importing.conversion import convert
+
+    done = convert(file, out, network, lambda line: click.echo(line, err=True))
+    fits = ", ".join(f"{name} ({classes} classes)" for name, classes in done.networks.items())
+    show(("weights", "tensors", "network"), [(str(done.path), str(done.tensors), fits or "none")])
+
+
 @main.command("eval", short_help="Measure a checkpoint on a labeled set.")
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.argument("data")

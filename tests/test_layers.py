@@ -55,6 +55,7 @@ WITH_PADDLE = (
     "ssld.crew",
     "ssld.follower",
     "ssld.doctor",
+    "ssld.importing.conversion",
     "ssld.score",
     "ssld.students",
     "ssld.__main__",

@@ -1,0 +1,1 @@
+"""Weights that others have written, brought into our own form."""

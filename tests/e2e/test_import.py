@@ -1,0 +1,26 @@
+"""Weights of PaddleClas, from the file as it is downloaded to a teacher that a recipe names."""
+
+from __future__ import annotations
+
+import pickle
+
+import numpy as np
+import safetensors.numpy
+
+NETWORK = "MobileNetV3_small_x0_35"
+
+
+def test_weights_of_paddleclas_teach(ssld, reference):
+    """A finished teacher, put into the form of a published file, is the same teacher after its import."""
+    own = safetensors.numpy.load_file(reference.directory / "teach" / "latest" / "student.safetensors")
+    published = {**own, "StructuredToParameterName@@": {name: f"parameter_{i}" for i, name in enumerate(own)}}
+    (ssld.folder / "net.pdparams").write_bytes(pickle.dumps(published, 2))
+    done = ssld("import", "net.pdparams", "--network", NETWORK)
+    row = {"weights": "net.safetensors", "tensors": str(len(own)), "network": f"{NETWORK} (8 classes)"}
+    assert done.table() == [row]
+    found = safetensors.numpy.load_file(ssld.folder / "net.safetensors")
+    assert found.keys() == own.keys()
+    assert all(np.array_equal(found[name], own[name]) for name in own)
+    teacher = f"stages.distill.teacher={{network: {NETWORK}, weights: net.safetensors}}"
+    run = ssld("run", ssld.recipe("distill"), "-o", teacher, "--limit", 8, "--trust-teacher")
+    assert run.table()[0]["state"] == "finished"

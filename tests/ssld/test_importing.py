@@ -1,0 +1,427 @@
+"""`ssld import`: the same numbers as paddle.load, names of today, and every hostile or damaged file one line."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import pickle
+import random
+import re
+import shlex
+import struct
+import subprocess
+import sys
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import paddle
+import pytest
+from click.testing import CliRunner, Result
+
+from ssld import checkpoint
+from ssld.cli import main
+from ssld.errors import CheckpointError
+from ssld.importing import paddleclas
+from ssld.train import networks
+
+KEYS = Path(__file__).parents[1] / "students" / "paddleclas_keys.json.gz"
+SMALL = "MobileNetV3_small_x0_35"
+
+
+@pytest.fixture
+def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    monkeypatch.chdir(tmp_path)
+    return lambda *words: CliRunner().invoke(main, ["import", *map(str, words)])
+
+
+def refused(result: Result, *parts: str, code: int = 65) -> None:
+    """One message on standard error with these parts, and no file but those that were there."""
+    assert result.exit_code == code, result.output
+    assert result.stdout == ""
+    assert result.stderr.startswith("Error: ")
+    missing = [part for part in parts if part not in result.stderr]
+    assert not missing, f"{missing} not in: {result.stderr}"
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", result.stderr)
+
+
+# What paddle.save writes ---------------------------------------------------------------------------------------------
+
+
+def tensors() -> dict[str, paddle.Tensor]:
+    rng = np.random.default_rng(0)
+    kinds = ("float16", "float32", "float64", "int8", "uint8", "int16", "int32", "int64")
+    found = {kind: paddle.to_tensor(rng.normal(0, 50, (2, 3, 1)).astype(kind)) for kind in kinds}
+    turned = paddle.arange(6, dtype="float32").reshape([2, 3]).transpose([1, 0])
+    return {**found, "bool": paddle.to_tensor([True, False]), "scalar": paddle.to_tensor(2.5), "turned": turned}
+
+
+def saved(content: object, protocol: int) -> bytes:
+    buffer = io.BytesIO()
+    paddle.save(content, buffer, protocol=protocol)
+    return buffer.getvalue()
+
+
+def same(found: Mapping[str, np.ndarray], wanted: Mapping[str, np.ndarray]) -> None:
+    assert found.keys() == wanted.keys()
+    for name, array in wanted.items():
+        assert (found[name].dtype, found[name].shape) == (array.dtype, array.shape), name
+        assert found[name].tobytes() == array.tobytes(), name
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4])
+@pytest.mark.parametrize("numpy", [1, 2])
+def test_tensors_are_those_of_paddle_load(tmp_path: Path, protocol: int, numpy: int) -> None:
+    data = saved(tensors(), protocol)
+    if numpy == 1:
+        # a pickle may do without the frame that protocol 4 announces, whose length would change
+        data = data if protocol < 4 else data[:2] + data[11:]
+        data = data.replace(b"\x16numpy._core.multiarray", b"\x15numpy.core.multiarray")
+        data = data.replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n")
+        assert b"_core" not in data
+    file = tmp_path / "net.pdparams"
+    file.write_bytes(data)
+    wanted = paddle.load(io.BytesIO(saved(tensors(), protocol)), return_numpy=True)
+    assert any(array.flags.f_contiguous and array.ndim == 2 and array.size > 3 for array in wanted.values())
+    same(paddleclas.read(file), wanted)
+
+
+def test_bfloat16_is_widened_to_the_same_values(tmp_path: Path) -> None:
+    tensor = paddle.to_tensor([1.0, -0.3, 3e38]).astype("bfloat16")
+    (tmp_path / "net.pdparams").write_bytes(saved({"w": tensor}, 4))
+    same(paddleclas.read(tmp_path / "net.pdparams"), {"w": tensor.astype("float32").numpy()})
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        OrderedDict(w=np.arange(3.0)),
+        # what paddle 2.1 makes of a tensor where a dict holds something else beside it
+        {"w": ("linear_0.w_0", np.arange(3.0))},
+    ],
+    ids=["ordered", "named"],
+)
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_other_forms_that_paddle_load_takes(tmp_path: Path, content: dict[str, Any], protocol: int) -> None:
+    (tmp_path / "net.pdparams").write_bytes(pickle.dumps(content, protocol))
+    same(paddleclas.read(tmp_path / "net.pdparams"), {"w": np.arange(3.0)})
+
+
+def test_a_file_of_python_2_whose_bytes_are_text(tmp_path: Path) -> None:
+    data = b"".join(
+        [
+            b"\x80\x02}U\x01wcnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R",
+            b"(K\x01K\x02\x85cnumpy\ndtype\nU\x02f4K\x00K\x01\x87R(K\x03U\x01<NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb",
+            b"\x89U\x08" + np.array([-1.5, 7], "<f4").tobytes() + b"tbs.",
+        ]
+    )
+    (tmp_path / "net.pdparams").write_bytes(data)
+    same(paddleclas.read(tmp_path / "net.pdparams"), {"w": np.array([-1.5, 7], np.float32)})
+
+
+# Names ---------------------------------------------------------------------------------------------------------------
+
+DEPTHS = {
+    18: (2, 2, 2, 2),
+    34: (3, 4, 6, 3),
+    50: (3, 4, 6, 3),
+    101: (3, 4, 23, 3),
+    152: (3, 8, 36, 3),
+    200: (3, 12, 48, 3),
+}
+
+
+def resnet_before(name: str, depths: tuple[int, ...]) -> str:
+    """What PaddleClas 2.0 called a tensor of a ResNet_vd: block i of stage s is bb_s_i, the stem conv1_1 to conv1_3."""
+    places = [f"bb_{stage}_{block}" for stage, depth in enumerate(depths) for block in range(depth)]
+    words = name.replace(".conv.", "._conv.").replace(".bn.", "._batch_norm.").split(".")
+    if words[0] == "blocks":
+        return ".".join([places[int(words[1])], *words[2:]])
+    return ".".join([f"conv1_{int(words[1]) + 1}", *words[2:]] if words[0] == "stem" else ["out", *words[1:]])
+
+
+def mobilenet_before(name: str) -> str:
+    """What PaddleClas 2.0 called a tensor of a MobileNetV3: the stem is conv1, and the blocks follow from conv2 on."""
+    words = name.split(".")
+    if words[0] == "blocks":
+        return ".".join([f"conv{int(words[1]) + 2}", *words[2:]])
+    return ".".join([{"conv": "conv1", "fc": "out"}.get(words[0], words[0]), *words[1:]])
+
+
+def known() -> dict[str, list[str]]:
+    return {name: list(keys) for name, keys in json.loads(gzip.decompress(KEYS.read_bytes())).items()}
+
+
+@pytest.mark.parametrize("network", known())
+def test_names_of_before_2_2_become_those_of_today(network: str) -> None:
+    today = known()[network]
+    if network.startswith("ResNet"):
+        depths = DEPTHS[int(network.removeprefix("ResNet").removesuffix("_vd"))]
+        before = [resnet_before(name, depths) for name in today]
+    else:
+        before = [mobilenet_before(name) for name in today]
+    assert len(set(before) - set(today)) > len(today) * 0.9
+    # in any order, since a dictionary may come in any
+    mixed = random.Random(0).sample(range(len(today)), len(today))
+    found = paddleclas.of_today({before[i]: np.array(i) for i in mixed})
+    assert {name: int(array) for name, array in found.items()} == {name: i for i, name in enumerate(today)}
+
+
+@pytest.mark.parametrize("network", [SMALL, "ResNet18_vd", "PPLCNet_x0_25", "ResNeXt101_32x8d_wsl"])
+def test_names_of_today_stay(network: str) -> None:
+    with paddle.LazyGuard():
+        names = networks.build(network, {}, 10).state_dict().keys()
+    assert paddleclas.of_today({name: np.zeros(1) for name in names}).keys() == names
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["bb_0_0.conv0._conv.weight", "bb_00_0.conv0._conv.weight"],
+        ["conv1_1._conv.weight", "stranger.weight"],
+        ["conv1.conv.weight", "conv2.conv.weight"],
+        ["conv1.expand_conv.conv.weight"],
+    ],
+)
+def test_names_of_nobody_stay(names: list[str]) -> None:
+    assert list(paddleclas.of_today({name: np.zeros(1) for name in names})) == names
+
+
+# The command ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small() -> dict[str, paddle.Tensor]:
+    return networks.build(SMALL, {}, 3).state_dict()
+
+
+def test_the_network_is_found_and_the_file_is_one_that_a_recipe_reads(call, small) -> None:
+    Path("net.pdparams").write_bytes(saved(small, 4))
+    result = call("net.pdparams")
+    assert result.exit_code == 0, result.output
+    header, row = (re.split(" {2,}", line) for line in result.stdout.splitlines())
+    assert header == ["weights", "tensors", "network"]
+    assert row == ["net.safetensors", str(len(small)), f"{SMALL} (3 classes)"]
+    assert result.stderr == ""
+    weights = checkpoint.read_weights(Path("net.safetensors"))
+    same(weights, {name: tensor.numpy() for name, tensor in small.items()})
+    other = networks.build(SMALL, {}, 3, seed=1)
+    networks.load(other, weights, "the weights")
+    same(networks.arrays(other), weights)
+
+
+def test_names_of_before_2_2_are_found_too(call, small) -> None:
+    Path("old.pdparams").write_bytes(saved({mobilenet_before(name): tensor for name, tensor in small.items()}, 2))
+    result = call("old.pdparams", "--network", SMALL, "--out", "new/name.safetensors")
+    assert result.exit_code == 0, result.output
+    assert checkpoint.read_weights(Path("new/name.safetensors")).keys() == small.keys()
+
+
+def test_a_network_that_does_not_fit_shows_both_sides_and_nothing_is_written(call, small) -> None:
+    changed = {name.replace("last_conv", "final"): tensor for name, tensor in small.items()}
+    changed["conv.conv.weight"] = paddle.ones([8, 4, 3, 3])
+    Path("net.pdparams").write_bytes(saved(changed, 4))
+    refused(
+        call("net.pdparams", "--network", SMALL),
+        f"net.pdparams for {SMALL}: expected the {len(small)} tensors of the network",
+        "  - last_conv.weight [1280, 200, 1, 1]",
+        "  + final.weight [1280, 200, 1, 1]",
+        "  ~ conv.conv.weight [8, 3, 3, 3] in the network, [8, 4, 3, 3] in the file",
+    )
+    assert not Path("net.safetensors").exists()
+
+
+def test_weights_of_a_network_that_is_not_here_are_imported_with_the_nearest_one_named(call, small) -> None:
+    Path("net.pdparams").write_bytes(saved({**small, "more.weight": paddle.ones([2])}, 4))
+    result = call("net.pdparams")
+    assert (result.exit_code, result.stdout.splitlines()[1].split()[1:]) == (0, [str(len(small) + 1), "none"])
+    assert f"the nearest, {SMALL}, has {len(small)} of them: --network {SMALL} shows" in result.stderr
+    assert "more.weight" in checkpoint.read_weights(Path("net.safetensors"))
+
+
+def test_a_file_that_is_there_is_kept_unless_it_is_the_same(call, small) -> None:
+    Path("net.pdparams").write_bytes(saved(small, 4))
+    assert call("net.pdparams", "--network", SMALL).exit_code == 0
+    written = Path("net.safetensors").stat()
+    assert call("net.pdparams", "--network", SMALL).exit_code == 0
+    assert Path("net.safetensors").stat() == written
+    Path("net.safetensors").write_bytes(b"something else")
+    refused(call("net.pdparams", "--network", SMALL), "cannot write net.safetensors: another file", code=73)
+    assert Path("net.safetensors").read_bytes() == b"something else"
+    assert sorted(path.name for path in Path().iterdir()) == ["net.pdparams", "net.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "part"),
+    [
+        (["gone.pdparams"], 65, "got gone.pdparams: No such file or directory"),
+        (["."], 65, "which is no file"),
+        (["a.pdparams", "--out", "a.pdparams"], 2, "--out: expected a name that ends in .safetensors"),
+        (["a.pdparams", "--network", "ResNet50"], 2, "unknown student 'ResNet50', did you mean ResNet50_vd"),
+    ],
+)
+def test_wrong_words(call, words: list[str], code: int, part: str) -> None:
+    Path("a.pdparams").write_bytes(saved({"a": paddle.ones([2])}, 4))
+    refused(call(*words), part, code=code)
+
+
+def test_the_advice_to_a_recipe_that_names_a_pickle_is_a_command_that_works(call, small) -> None:
+    path = Path("it's $HOME.pdparams")
+    path.write_bytes(saved(small, 4))
+    with pytest.raises(CheckpointError, match="which can run code when it is opened") as caught:
+        checkpoint.read_weights(path)
+    program, command, *words = shlex.split(str(caught.value).rpartition(": ")[2])
+    assert (program, command) == ("ssld", "import")
+    assert call(*words).exit_code == 0
+    assert checkpoint.read_weights(path.with_suffix(".safetensors")).keys() == small.keys()
+
+
+# Files that are refused ----------------------------------------------------------------------------------------------
+
+GOOD = pickle.dumps({"a": np.arange(6, dtype=np.float32).reshape(2, 3)}, 4)
+
+
+class State:
+    """An array whose pickled state is anything."""
+
+    def __init__(self, *state: Any) -> None:
+        self.state = state
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        function, arguments, _ = np.zeros(1).__reduce__()
+        return function, arguments, self.state
+
+
+def array(shape: Any = (2,), dtype: Any = "f4", data: Any = bytes(8)) -> bytes:
+    return pickle.dumps({"a": State(1, shape, np.dtype(dtype) if isinstance(dtype, str) else dtype, False, data)}, 4)
+
+
+def keys(*names: Any) -> bytes:
+    return pickle.dumps(dict.fromkeys(names, np.zeros(1)), 4)
+
+
+MALFORMED = {
+    "nothing": (b"", "EOFError"),
+    "a page": (b"<html><body>404</body></html>", "invalid load key"),
+    "cut": (GOOD[:-20], "truncated"),
+    "longer": (GOOD + b"\0", "nothing after it"),
+    "a list": (pickle.dumps([np.zeros(1)]), "got a list"),
+    "no tensors": (pickle.dumps({}), "got 0"),
+    "too many": (keys(*map(str, range(20_001))), "got 20,001"),
+    "a number beside": (pickle.dumps({"epoch": 3}), "got a int as epoch"),
+    "nested": (pickle.dumps({"model": {"a": np.zeros(1)}}), "got a dict as model"),
+    "in parts": (pickle.dumps({"UnpackBigParamInfor@@": {}}), "protocol=4"),
+    "by parameter": (keys("conv2d_0.w_0", "linear_0.b_0"), "names of parameters such as "),
+    "by parameter of before": (keys("conv1_1_weights", "bn1_1_scale"), "names of parameters such as conv1_1_weights"),
+    "no name": (keys(3), "names of tensors"),
+    "an empty name": (keys(""), "names of tensors"),
+    "a long name": (keys("a" * 257), "names of tensors"),
+    "a coloured name": (keys("\x1b[31ma"), r"names of tensors, got '\\x1b[31ma'"),
+    "the name of metadata": (keys("__metadata__"), "names of tensors"),
+    "objects": (pickle.dumps({"a": np.array([{}], object)}), "dtype O8"),
+    "text": (pickle.dumps({"a": np.array(["x"])}), "dtype U1"),
+    "complex": (pickle.dumps({"a": np.zeros(2, complex)}), "dtype c16"),
+    "records": (pickle.dumps({"a": np.zeros(2, [("x", "f4")])}), "dtype V4"),
+    "big-endian": (pickle.dumps({"a": np.zeros(2, ">f4")}), "little-endian"),
+    "no dtype": (array(dtype=4), "got int"),
+    "no bytes": (array(data=[1, 2]), "as bytes, got list"),
+    "a shape too large": (array((2**40, 2**40)), "got 8 bytes of F32"),
+    "a negative shape": (array((-1, -2)), "shape [-1, -2], got 8 bytes"),
+    "an empty shape": (array((0, 2**62), data=b""), "got 0 bytes"),
+    "many dimensions": (array((1,) * 70 + (2,)), "at most 8 dimensions"),
+    "a shape of text": (array(("2",)), "at most 8 dimensions"),
+    "true for a side": (array((True, 2)), "at most 8 dimensions"),
+    "no shape": (array(2), "TypeError"),
+    "NaN": (pickle.dumps({"a": np.array([np.nan, 1, np.inf])}), "got 2 others among the 3 of a"),
+    "a state that is short": (pickle.dumps({"a": State(1)}), "ValueError"),
+    "an array without a state": (b"\x80\x02}U\x01acnumpy\nndarray\n)Rs.", "got a Array as a"),
+    "a changed name": (b"\x80\x02cnumpy\nndarray\n}U\x04datacnumpy\nndarray\nsb.", "changes what it calls"),
+    "an object of a name": (b"\x80\x02cnumpy\nndarray\n)\x81.", "UnpicklingError"),
+    "an extension": (b"\x80\x02\x82\x01.", "extension code"),
+    "a persistent id": (b"\x80\x02U\x01aQ.", "persistent"),
+    "another encoding": (b"\x80\x02c_codecs\nencode\nX\x01\x00\x00\x00aX\x05\x00\x00\x00idna1\x86R.", "as idna1"),
+    "a dotted name": (b"\x80\x04\x8c\x05numpy\x8c\x11ndarray.__class__\x93.", "refused global numpy.ndarray.__class__"),
+}
+
+
+@pytest.mark.parametrize("case", MALFORMED)
+def test_a_file_that_is_no_weights_of_a_network_is_refused(call, case: str) -> None:
+    data, part = MALFORMED[case]
+    Path("net.pdparams").write_bytes(data)
+    result = call("net.pdparams")
+    refused(result, "net.pdparams: ")
+    assert any(option in result.stderr for option in part.split("|")), result.stderr
+    assert result.stderr.count("\n") == 1
+    assert [path.name for path in Path().iterdir()] == ["net.pdparams"]
+
+
+def collisions(count: int) -> bytes:
+    """A dictionary of whole numbers that all have the same hash."""
+    numbers = (((2**61 - 1) * (number + 1)).to_bytes(12, "little") for number in range(count))
+    return b"\x80\x04}(" + b"".join(b"\x8a\x0c" + number + b"N" for number in numbers) + b"u."
+
+
+BOMBS = {
+    "a memo of 16 GB": (b"\x80\x04}r" + struct.pack("<I", 2**31 - 1) + b".", "bytes of memory"),
+    "a frame of 1 TB": (b"\x80\x04\x95" + struct.pack("<Q", 2**40) + b"}.", "bytes of memory"),
+    "bytes of 1 TB": (b"\x80\x04\x8e" + struct.pack("<Q", 2**40) + b"}.", "bytes of memory"),
+    "bytes of 4 EB": (b"\x80\x04\x8e" + struct.pack("<Q", 2**62) + b"}.", "bytes of memory"),
+    "a number of 2 GB": (b"\x80\x02\x8b" + struct.pack("<i", 2**31 - 1) + b"}.", "bytes of memory"),
+    "lists in lists": (b"\x80\x04" + b"]" * 10**6 + b"a" * (10**6 - 1) + b".", "got a list|bytes of memory"),
+    "tuples in tuples": (b"\x80\x04})" + b"\x85" * 3 * 10**5 + b"K\x01s.", "SIGSEGV|RecursionError|bytes of memory"),
+    "the same bytes 5,000 times": (
+        pickle.dumps(
+            {str(i): State(1, (512,), np.dtype("f4"), False, data) for data in [bytes(2048)] for i in range(5000)}
+        ),
+        "in its tensors, got 10,240,000",
+    ),
+    "equal hashes": (collisions(40_000), "more than 1 seconds"),
+}
+
+
+@pytest.mark.parametrize("case", BOMBS)
+def test_a_bomb_ends_in_one_line_within_its_limits(call, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+    monkeypatch.setattr(paddleclas, "SECONDS", (1, 10**7))
+    data, part = BOMBS[case]
+    Path("net.pdparams").write_bytes(data)
+    result = call("net.pdparams")
+    refused(result, "net.pdparams: expected ")
+    assert any(option in result.stderr for option in part.split("|")), result.stderr
+    assert result.stderr.count("\n") == 1
+    assert [path.name for path in Path().iterdir()] == ["net.pdparams"]
+
+
+FUZZ = """
+import collections, io, random, sys
+from ssld.importing import pickles
+whole = open(sys.argv[1], "rb").read()
+pickles.limit(2**26, 60)
+rng = random.Random(0)
+def changed():
+    at = rng.randrange(len(whole))
+    return whole[:at] + bytes([whole[at] ^ 1 << rng.randrange(8)]) + whole[at + 1 :]
+ends = collections.Counter()
+for data in [*(whole[:length] for length in range(len(whole))), *(changed() for _ in range(5000))]:
+    try:
+        found = pickles.read(io.BytesIO(data))
+    except Exception as error:
+        assert "\\n" not in pickles.reason(error, 0)
+        ends["refused"] += 1
+    else:
+        assert [len(array.data) for array in found.values()] == [48, 12], data
+        ends["read"] += 1
+print(ends["refused"], ends["read"])
+"""
+
+
+def test_a_cut_is_refused_and_a_changed_bit_gives_tensors_of_the_same_size_or_is(tmp_path: Path) -> None:
+    """A pickle has no checksum, so that a changed number can pass."""
+    file = tmp_path / "net.pdparams"
+    file.write_bytes(saved({"fc.weight": paddle.ones([4, 3]), "fc.bias": paddle.ones([3])}, 4))
+    done = subprocess.run([sys.executable, "-c", FUZZ, file], capture_output=True, text=True, check=True)
+    refusals, passed = map(int, done.stdout.split())
+    assert passed > 1000
+    assert refusals > 1000
