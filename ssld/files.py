@@ -89,18 +89,21 @@ class Disk:
 disk = Disk()
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write one file so that readers meet its old content or the new, also after a power cut.
+def write_atomic(path: Path, data: bytes, *, durable: bool = True) -> None:
+    """Write one file so that readers meet its old content or the new, also after a power cut where it is durable.
 
+    durable: no for what can be made anew, and whose reader sees that it is spoiled; nothing waits for the medium then.
     Raises OutputError or StorageError; the old content is then still there.
     """
     temporary = _beside(path, ".tmp-")
     with reported(path, len(data), temporary):
         _make(path.parent)
         disk.write(temporary, data)
-        disk.fsync(temporary)
+        if durable:
+            disk.fsync(temporary)
         disk.replace(temporary, path)
-        _sync_directory(path.parent)
+        if durable:
+            _sync_directory(path.parent)
 
 
 def commit_exclusive(path: Path, data: bytes, needed: int | None = None) -> bool:

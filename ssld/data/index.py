@@ -16,13 +16,17 @@ from typing import BinaryIO
 import numpy as np
 
 from ssld.data.samples import digest
-from ssld.errors import DataError, StorageError
+from ssld.errors import DataError, OutputError, StorageError
+from ssld.files import sweep_old, write_atomic
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 SIDECAR = "shards.index"
 """The file beside the shards that holds the index of them all."""
 NO_LABEL, BAD_LABEL = -1, -2
 """Stand in the label column for a sample without a .cls member, and for one that is not a whole number >= 0."""
+
+ABANDONED = 3600.0
+"""Seconds after which an index that is being written belongs to nobody: writing one takes well under a second."""
 
 _MAGIC = b"ssld index 1\n"
 _BLOCK = 512
@@ -188,8 +192,8 @@ class Shards:
 def load_index(paths: Sequence[Path], cache: Path) -> Index:
     """The index of these shards: from the sidecar where it fits, else from the cache, else from their headers.
 
-    Raises DataError for a shard that is no whole tar of samples, StorageError when the cache cannot be written, and
-    OSError when a file cannot be read.
+    Raises DataError for a shard that is no whole tar of samples, OutputError or StorageError when the cache cannot be
+    written, and OSError when a file cannot be read.
     """
     sidecars = {folder: _read(folder / SIDECAR) for folder in {path.parent for path in paths}}
     places = {
@@ -198,6 +202,7 @@ def load_index(paths: Sequence[Path], cache: Path) -> Index:
         if sidecar is not None
         for number, shard in enumerate(sidecar.shards)
     }
+    sweep_old(cache, ABANDONED)
     parts = []
     for path in paths:
         sidecar, number = sidecars[path.parent], places.get((path.parent, path.name))
@@ -226,16 +231,13 @@ def _cached(path: Path, cache: Path) -> Index:
     if known is not None:
         return known
     index = index_shard(path)
-    temporary = entry.with_suffix(f".tmp-{os.getpid()}")
     try:
-        cache.mkdir(parents=True, exist_ok=True)
-        # no fsync, which a thousand shards would wait for: an entry that a power cut damaged is seen and made anew
-        temporary.write_bytes(index.encode())
-        os.replace(temporary, entry)
-    except OSError as error:
-        raise StorageError(
-            f"{cache}: expected to keep the index of {path.name} here, got: {error.strerror}; "
-            "free space, or point XDG_CACHE_HOME at a directory that can be written"
+        # durable would be a sync for each of a thousand shards
+        write_atomic(entry, index.encode(), durable=False)
+    except (OutputError, StorageError) as error:
+        raise type(error)(
+            f"{error}; the index of {path.name} is kept there: point XDG_CACHE_HOME at a directory that can be written "
+            "to keep it elsewhere"
         ) from error
     return index
 

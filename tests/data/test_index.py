@@ -1,17 +1,31 @@
 from __future__ import annotations
 
+import errno
 import gzip
 import io
 import os
 import tarfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from ssld.data.index import BAD_LABEL, NO_LABEL, SIDECAR, Index, decode_index, index_shard, join, load_index, split_name
-from ssld.errors import DataError, StorageError
+from ssld.data.index import (
+    ABANDONED,
+    BAD_LABEL,
+    NO_LABEL,
+    SIDECAR,
+    Index,
+    decode_index,
+    index_shard,
+    join,
+    load_index,
+    split_name,
+)
+from ssld.errors import DataError, OutputError, StorageError
+from ssld.files import disk
 
 SAMPLES = [("a.jpg", b"first" * 300), ("a.cls", b"3"), ("b.cls", b" 0\n"), ("b.png", b"second"), ("c.webp", b"third")]
 
@@ -193,8 +207,32 @@ def test_a_sidecar_does_not_speak_for_a_shard_that_was_written_later(tmp_path: P
 
 def test_a_cache_that_cannot_be_written_is_an_error_with_a_way_out(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(StorageError, match="XDG_CACHE_HOME"):
+    with pytest.raises(OutputError, match=r"a file is where a directory is needed .*XDG_CACHE_HOME"):
         load_index([write_tar(tmp_path / "s.tar", SAMPLES)], tmp_path / "file")
+
+
+def test_a_full_disk_leaves_no_part_of_an_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(path: Path, data: bytes) -> None:
+        path.write_bytes(data[:9])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    path, cache = write_tar(tmp_path / "s.tar", SAMPLES), tmp_path / "cache"
+    with monkeypatch.context() as full:
+        full.setattr(disk, "write", write)
+        with pytest.raises(StorageError, match=r"No space left on device; [\d,]+ bytes are needed .*XDG_CACHE_HOME"):
+            load_index([path], cache)
+    assert not list(cache.iterdir())
+    assert equal(load_index([path], cache), index_shard(path))
+
+
+def test_what_a_killed_process_left_in_the_cache_is_removed(tmp_path: Path) -> None:
+    path, cache = write_tar(tmp_path / "s.tar", SAMPLES), tmp_path / "cache"
+    load_index([path], cache)
+    for name, age in {".tmp-old": ABANDONED + 60, ".tmp-new": ABANDONED - 60}.items():
+        (cache / name).touch()
+        os.utime(cache / name, (time.time() - age,) * 2)
+    load_index([path], cache)
+    assert [file.name for file in cache.iterdir() if file.suffix != ".index"] == [".tmp-new"]
 
 
 def test_columns_are_compact(tmp_path: Path) -> None:
