@@ -34,6 +34,10 @@ _STATE = "state.json"
 _STEP = re.compile(r"(?:\.new-)?step-(\d{8,})")
 
 
+class FormatError(CheckpointError):
+    """A whole checkpoint, of another version of ssld."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint that was whole when it was opened; state is what `save` was given."""
@@ -73,12 +77,15 @@ def latest(root: Path, report: Callable[[str], None]) -> Checkpoint | None:
     """The newest whole checkpoint by step number; None where none was ever saved.
 
     A damaged one is passed over, and `report` is told. Raises CheckpointError when all are damaged, since to begin
-    anew would hide the loss.
+    anew would hide the loss; and for one that another version of ssld wrote, which is not damaged: what went on from
+    an older one would take its place.
     """
     found = steps(root)
     for step in reversed(found):
         try:
             return load(directory(root, step))
+        except FormatError:
+            raise
         except CheckpointError as error:
             report(f"passed over the checkpoint of step {step:,}: {error}")
     if found:
@@ -175,7 +182,7 @@ def directory(root: Path, step: int) -> Path:
 def _opened(committed: files.Committed, state: bytes) -> Checkpoint:
     document = json.loads(state)
     if document["format"] != FORMAT:
-        raise CheckpointError(
+        raise FormatError(
             f"{committed.directory / _STATE}: expected format {FORMAT}, got {document['format']}; "
             "use the version of ssld that wrote it"
         )

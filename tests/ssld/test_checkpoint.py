@@ -251,6 +251,22 @@ def test_latest_falls_back_and_says_so(tmp_path: Path) -> None:
     assert "manifest.json" in reports[0]
 
 
+def test_what_a_newer_version_wrote_is_neither_damaged_nor_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint.save(tmp_path, STEP, **OLD)
+    with monkeypatch.context() as newer:
+        newer.setattr(checkpoint, "FORMAT", checkpoint.FORMAT + 1)
+        checkpoint.save(tmp_path, STEP + 1, **NEW)
+    with pytest.raises(CheckpointError, match=r"step-00000008.*use the version of ssld that wrote it"):
+        checkpoint.latest(tmp_path, pytest.fail)
+
+
+def test_another_file_in_a_checkpoint_is_no_damage(tmp_path: Path) -> None:
+    (checkpoint.save(tmp_path, STEP, **OLD).path / "notes.txt").write_text("mine")
+    assert same(newest(tmp_path), OLD)
+
+
 def test_latest_goes_by_number_not_by_time(tmp_path: Path) -> None:
     for step in (100_000_000, 99_999_999, 3):
         checkpoint.save(tmp_path, step, **OLD)
