@@ -23,8 +23,8 @@ from ssld import checkpoint, recipe
 from ssld.contracts import Model, State, Task
 from ssld.data.transforms import Pipeline
 from ssld.environment import environment
-from ssld.errors import CheckpointError, OutputError
-from ssld.files import move, sweep, writable, write_atomic
+from ssld.errors import CheckpointError, OutputError, StorageError
+from ssld.files import disk, move, reported, sweep, writable, write_atomic
 from ssld.graph import Node
 
 LABELS = "labels.store"
@@ -102,8 +102,10 @@ class RunDirectory:
 
     def forget(self) -> None:
         """Take back `begin`: the run failed before anything was spent, and is no run to resume."""
-        for name in ("recipe.yaml", "run.json"):
-            (self.path / name).unlink(missing_ok=True)
+        with reported(self.path, 0):
+            for name in ("recipe.yaml", "run.json"):
+                if (self.path / name).exists():
+                    disk.remove(self.path / name)
 
     def recorded(self) -> tuple[recipe.Recipe, Options]:
         """The recipe and options with which this run began."""
@@ -149,7 +151,15 @@ class RunDirectory:
         return status.checkpoint if status.kind == "resume" else None
 
     def save(self, node: Node, task: Task[Any], state: State, metrics: Mapping[str, float] | None = None) -> None:
-        """Commit a checkpoint, and tidy the stage's directory. metrics: those of a finished stage."""
+        """Commit a checkpoint, and tidy the stage's directory. metrics: those of a finished stage.
+
+        Raises StorageError where the run is gone: a checkpoint in its place would belong to no run.
+        """
+        if not self.exists():
+            raise StorageError(
+                f"cannot write step {state.step} of {node.name}: expected the run in {self.path}, got none: it was "
+                "removed or moved meanwhile; go on from where it is now with ssld resume --out DIR"
+            )
         checkpoint.save(
             self.stage(node),
             state.step,
@@ -184,12 +194,16 @@ class RunDirectory:
         checkpoint.retain(root, {*existing[-node.settings.keep_last :], best, *facts.get("kept", ())})
 
     def tested(self, node: Node, test: str) -> dict[str, float] | None:
-        """The metrics of the finished node on the test set of that identity, where they were measured."""
+        """The metrics of the finished node on the test set of that identity, where they were measured.
+
+        What cannot be read is measured again.
+        """
         try:
             found = json.loads((self.path / "test.json").read_text())
-        except FileNotFoundError:
+            known = (found["stage"], found["test"]) == (node.fingerprint, test)
+            return {name: float(value) for name, value in found["metrics"].items()} if known else None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
-        return found["metrics"] if (found["stage"], found["test"]) == (node.fingerprint, test) else None
 
     def keep_tested(self, node: Node, test: str, metrics: Mapping[str, float]) -> None:
         """Record the metrics of the finished node on the test set of that identity."""

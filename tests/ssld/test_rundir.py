@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ import pytest
 from ssld import checkpoint, files
 from ssld.contracts import Model, State
 from ssld.data.transforms import Pipeline
-from ssld.errors import CheckpointError, OutputError
+from ssld.errors import CheckpointError, OutputError, StorageError
 from ssld.graph import make_plan
 from ssld.recipe import dump, read_recipe
 from ssld.rundir import Options, RunDirectory, result_of, state_of
@@ -53,8 +54,16 @@ def node(tmp_path):
 
 
 @pytest.fixture
-def run(tmp_path):
+def fresh(tmp_path):
+    """A run that has not begun."""
     return RunDirectory(tmp_path / "run")
+
+
+@pytest.fixture
+def run(fresh):
+    """A run that has begun."""
+    fresh.begin(RECIPE, Options())
+    return fresh
 
 
 @pytest.fixture
@@ -67,25 +76,25 @@ def steps(run, node):
     return sorted(int(path.name[5:]) for path in run.stage(node).glob("step-*"))
 
 
-def test_a_run_records_its_recipe_and_options(run, tmp_path, node):
-    assert not run.exists()
+def test_a_run_records_its_recipe_and_options(fresh, tmp_path, node):
+    assert not fresh.exists()
     written = read_recipe(tmp_path / "recipe.yaml")
     options = Options(device="gpu", limit=12, trust_teacher=True)
-    run.path.mkdir()
-    run.begin(dump(written), options)
-    assert run.exists()
-    assert run.recorded() == (written, options)
+    fresh.path.mkdir()
+    fresh.begin(dump(written), options)
+    assert fresh.exists()
+    assert fresh.recorded() == (written, options)
 
 
 @pytest.mark.parametrize("content", [None, "{", "[1]", '{"device": "cpu", "speed": 9}', "null"])
-def test_options_that_cannot_be_read_are_named(run, tmp_path, content):
-    run.path.mkdir()
-    run.begin(RECIPE, Options())
-    (run.path / "run.json").unlink()
+def test_options_that_cannot_be_read_are_named(fresh, tmp_path, content):
+    fresh.path.mkdir()
+    fresh.begin(RECIPE, Options())
+    (fresh.path / "run.json").unlink()
     if content is not None:
-        (run.path / "run.json").write_text(content)
+        (fresh.path / "run.json").write_text(content)
     with pytest.raises(CheckpointError, match=r"run\.json: expected the options of the run, got .*ssld run"):
-        run.recorded()
+        fresh.recorded()
 
 
 def test_a_stage_is_new_then_stopped_then_finished(run, node, status):
@@ -177,7 +186,7 @@ def test_what_was_just_saved_stays_when_a_later_one_is_damaged(run, node):
 
 def test_results_are_set_aside_under_a_new_number(run, node):
     assert run.set_aside([node])[1] == 0
-    assert not run.path.exists()
+    assert {path.name for path in run.path.iterdir()} == {"recipe.yaml", "run.json"}
     for attempt in (1, 2):
         run.save(node, TASK, state(attempt), METRICS)
         target, count = run.set_aside([node])
@@ -209,55 +218,55 @@ def listing(root):
         "recipe.yaml.bak",
     ],
 )
-def test_a_directory_that_is_no_run_is_refused_and_not_touched(run, stranger):
+def test_a_directory_that_is_no_run_is_refused_and_not_touched(fresh, stranger):
     """Names with which ssld's own begin or could be mistaken are a stranger's as well."""
     for name in (stranger, ".tmp-mine", "train.log"):
-        file = run.path / name
+        file = fresh.path / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("mine")
-    before = listing(run.path)
+    before = listing(fresh.path)
     with pytest.raises(OutputError, match=rf"run: expected a run or an empty directory, got .*{stranger[:4]}"):
-        run.claim()
-    assert listing(run.path) == before
+        fresh.claim()
+    assert listing(fresh.path) == before
 
 
-def test_few_of_many_strangers_are_named(run):
+def test_few_of_many_strangers_are_named(fresh):
     for name in "abcd":
-        (run.path / name).mkdir(parents=True)
+        (fresh.path / name).mkdir(parents=True)
     with pytest.raises(OutputError, match=r"that holds a, b, c, …; choose another --out"):
-        run.claim()
+        fresh.claim()
 
 
-def test_a_new_or_empty_directory_is_taken(run):
-    run.claim()
-    assert list(run.path.iterdir()) == []
-    run.claim()
-    assert list(run.path.iterdir()) == []
+def test_a_new_or_empty_directory_is_taken(fresh):
+    fresh.claim()
+    assert list(fresh.path.iterdir()) == []
+    fresh.claim()
+    assert list(fresh.path.iterdir()) == []
 
 
-def test_what_a_start_that_was_killed_left_is_taken(run):
+def test_what_a_start_that_was_killed_left_is_taken(fresh):
     """Up to the recipe, which is written last."""
-    run.claim()
-    run.begin(RECIPE, Options())
-    (run.path / "recipe.yaml").rename(run.path / ".tmp-recipe.yaml-0123abcd")
+    fresh.claim()
+    fresh.begin(RECIPE, Options())
+    (fresh.path / "recipe.yaml").rename(fresh.path / ".tmp-recipe.yaml-0123abcd")
     for name in ("run.lock", "train.log", "metrics.jsonl"):
-        (run.path / name).touch()
-    (run.path / "labels.store" / "0123456789abcdef").mkdir(parents=True)
-    assert not run.exists()
-    run.claim()
-    run.clear()
+        (fresh.path / name).touch()
+    (fresh.path / "labels.store" / "0123456789abcdef").mkdir(parents=True)
+    assert not fresh.exists()
+    fresh.claim()
+    fresh.clear()
     kept = {"run.json", "run.lock", "train.log", "metrics.jsonl", "labels.store"}
-    assert {path.name for path in run.path.iterdir()} == kept
-    assert (run.path / "labels.store" / "0123456789abcdef").is_dir()
+    assert {path.name for path in fresh.path.iterdir()} == kept
+    assert (fresh.path / "labels.store" / "0123456789abcdef").is_dir()
 
 
-def test_a_run_is_taken_whatever_lies_in_it(run):
-    run.claim()
-    run.begin(RECIPE, Options())
-    (run.path / "notes.txt").write_text("mine")
-    run.claim()
-    run.clear()
-    assert (run.path / "notes.txt").read_text() == "mine"
+def test_a_run_is_taken_whatever_lies_in_it(fresh):
+    fresh.claim()
+    fresh.begin(RECIPE, Options())
+    (fresh.path / "notes.txt").write_text("mine")
+    fresh.claim()
+    fresh.clear()
+    assert (fresh.path / "notes.txt").read_text() == "mine"
 
 
 # A process that is killed ---------------------------------------------------------------------------------------------
@@ -275,6 +284,7 @@ def entries(root):
 def test_links_and_retention_are_mended_after_a_kill(run, node, tmp_path, monkeypatch, last):
     """The same entries as after a process that nobody killed; last: the first of the two that was not done."""
     whole = RunDirectory(tmp_path / "whole")
+    whole.begin(RECIPE, Options())
     saves = [state(step, best={"step": min(step, 4), "top1": 0.5}) for step in range(1, 5)]
     for each in saves:
         whole.save(node, TASK, each)
@@ -329,3 +339,31 @@ def test_a_measurement_belongs_to_its_stage_and_its_set(run, node):
     assert run.tested(dataclasses.replace(node, fingerprint="another"), "set") is None
     run.keep_tested(node, "another set", {"top1": 0.25})
     assert run.tested(node, "set") is None
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", "{}", '{"stage": 1, "test": "set", "metrics": null}', "\xff"])
+def test_a_measurement_that_cannot_be_read_is_none(run, node, content):
+    run.keep_tested(node, "set", {"top1": 0.5})
+    (run.path / "test.json").write_text(content, "latin-1")
+    assert run.tested(node, "set") is None
+    run.keep_tested(node, "set", {"top1": 0.5})
+    assert run.tested(node, "set") == {"top1": 0.5}
+
+
+# A run that is gone ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gone", [shutil.rmtree, lambda path: path.rename(path.with_name("elsewhere"))])
+def test_nothing_is_saved_where_the_run_is_gone(run, node, gone):
+    run.save(node, TASK, state(1))
+    gone(run.path)
+    with pytest.raises(StorageError, match=r"cannot write step 2 of teach: .*run, got none: .* ssld resume --out DIR"):
+        run.save(node, TASK, state(2))
+    assert not run.path.exists()
+
+
+def test_what_a_start_wrote_is_taken_back(run):
+    run.forget()
+    assert not run.exists()
+    run.forget()
+    assert list(run.path.iterdir()) == []

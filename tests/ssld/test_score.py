@@ -12,7 +12,7 @@ from PIL import Image
 from ssld.contracts import State
 from ssld.data.transforms import Pipeline
 from ssld.errors import CheckpointError, DataError
-from ssld.rundir import RunDirectory
+from ssld.rundir import Options, RunDirectory
 from ssld.score import score
 from ssld.train import networks
 
@@ -42,6 +42,7 @@ def stage(make_task, network, tmp_path):
     for step, factor in ((1, 0), (2, 1)):
         scaled = {name: value * factor for name, value in weights.items()}
         run = RunDirectory(tmp_path)
+        run.begin("", Options())
         run.save(node, SimpleNamespace(model=model, soft=None), State(step, scaled, facts=kept), {})
     return run.stage(node)
 
