@@ -64,19 +64,30 @@ class _Reader:
 
     def _events(self, text: str) -> Iterator[Any]:
         """The events of yaml's pure Python parser; its C parser crashes on deep nesting."""
+        reader = None
         try:
-            yield from yaml.parse(text, Loader=yaml.SafeLoader)
+            reader = yaml.SafeLoader(text)
+            while reader.check_event():
+                yield reader.get_event()
         except yaml.MarkedYAMLError as error:
             mark, since = error.problem_mark or error.context_mark, error.context_mark
-            place = Place(self.file, mark.line + 1, mark.column + 1) if mark else Place(self.file)
+            place = self._at(mark) if mark else Place(self.file)
             context = f" {error.context} from line {since.line + 1}" if error.context and since else ""
             raise RecipeError(f"{place}: not YAML: {error.problem or 'expected another character'}{context}") from error
-        # ValueError, OverflowError: escapes such as "\UFFFFFFFF", which yaml hands to chr()
-        except (yaml.YAMLError, ValueError, OverflowError) as error:
-            raise RecipeError(f"{self.file}: not YAML: {' '.join(str(error).split())}") from error
+        except yaml.reader.ReaderError as error:
+            lines = text[: error.position].split("\n")
+            place = Place(self.file, len(lines), len(lines[-1]) + 1)
+            raise RecipeError(f"{place}: not YAML: expected text, got the character U+{error.character:04X}") from error
+        # escapes such as "\UFFFFFFFF", which yaml hands to chr()
+        except (ValueError, OverflowError) as error:
+            place = self._at(reader.get_mark()) if reader else Place(self.file)
+            raise RecipeError(f"{place}: not YAML: {' '.join(str(error).split())}") from error
+
+    def _at(self, mark: Any) -> Place:
+        return Place(self.file, mark.line + 1, mark.column + 1)
 
     def _place(self, event: yaml.Event) -> Place:
-        return Place(self.file, event.start_mark.line + 1, event.start_mark.column + 1)
+        return self._at(event.start_mark)
 
     def _fault(self, event: yaml.Event, path: KeyPath, message: str) -> None:
         self.faults.append(Fault(self._place(event), path, message))
@@ -122,7 +133,7 @@ class _Reader:
         value: dict[str, Any] = {}
         while not isinstance(event := next(self.events), yaml.MappingEndEvent):
             key = self._key(event, path)
-            inner = (*path, key or "?")
+            inner = (*path, "?" if key is None else key)
             if key is None:
                 self._node(next(self.events), inner)
                 continue
