@@ -23,6 +23,10 @@ Operators = Annotated[
 ]
 
 
+Words = Annotated[str, Field(min_length=1)]
+"""What names something; "" would mean the folder that one is in."""
+
+
 class Images(Frozen):
     """How images are prepared; the defaults are PaddleClas's for ImageNet."""
 
@@ -37,17 +41,17 @@ class Images(Frozen):
 class Keys(Frozen):
     """A source as a mapping: exactly one of folder, list, shards and builtin, and what goes with it."""
 
-    folder: str | None = None
+    folder: Words | None = None
     """A folder of images, with one sub-folder per class where labels are read."""
-    list: str | None = None
+    list: Words | None = None
     """A text file of PaddleClas, one `path label` per line."""
-    shards: str | None = None
+    shards: Words | None = None
     """Webdataset shards: pool-{000000..000499}.tar."""
-    builtin: str | None = None
+    builtin: Words | None = None
     """Embedded images: digits?part=pool."""
-    root: str | None = None
+    root: Words | None = None
     """The folder that the paths of `list` start from; the list's own when left out."""
-    classes: str | None = None
+    classes: Words | None = None
     """A text file of the class names of `list` or `shards`, one per line, in label order."""
 
     @model_validator(mode="after")
@@ -84,7 +88,7 @@ def _plain(value: Any) -> Any:
     return value.model_dump(exclude_none=True) if isinstance(value, Keys) else value
 
 
-_Text = Annotated[str, Tag("(text)")]
+_Text = Annotated[Words, Tag("(text)")]
 _Keys = Annotated[Keys, Tag("(keys)")]
 Source = Annotated[Annotated[_Text | _Keys, Discriminator(_text_or_keys)], AfterValidator(_plain)]
 SourceOrSplit = Annotated[
