@@ -30,6 +30,8 @@ CLASSES_FILE = "classes.txt"
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 _IMAGES = f"(.{', .'.join(IMAGE_EXTENSIONS)})"
+_BRACES = re.compile(r"\\.|\{(?P<first>-?\d+)\.\.(?P<last>-?\d+)(\.\.-?\d+)?\}|[{},]")
+_DEEPEST, _MOST = 20, 1_000_000
 _SHOWN = 3
 _HINT = 200
 
@@ -365,6 +367,7 @@ def _expand(pattern: str) -> Sequence[Path]:
             )
         return shards
     try:
+        _check_count(pattern)
         paths = [_path(name) for name in braceexpand(pattern)]
     except ValueError as error:
         raise RecipeError(f"{pattern}: expected braces in pairs, as in pool-{{000000..000499}}.tar") from error
@@ -377,6 +380,30 @@ def _expand(pattern: str) -> Sequence[Path]:
     if len(set(paths)) < len(paths):
         raise RecipeError(f"{pattern}: expected every shard once, got some twice; correct the braces")
     return paths
+
+
+def _check_count(pattern: str) -> None:
+    """Refuse braces that stand for more than any disk holds, which to write out would fill the memory.
+
+    Raises ValueError for a range whose ends are no numbers to Python.
+    """
+    # for every open brace: the names of the alternatives before this one, and of this one
+    counts = [[0, 1]]
+    for token in _BRACES.finditer(pattern):
+        if token["first"]:
+            counts[-1][1] *= abs(int(token["last"]) - int(token["first"])) + 1
+        elif token[0] == "{":
+            counts.append([0, 1])
+        elif token[0] == "," and len(counts) > 1:
+            counts[-1] = [sum(counts[-1]), 1]
+        elif token[0] == "}" and len(counts) > 1:
+            inner = sum(counts.pop())
+            counts[-1][1] *= inner
+        if len(counts) > _DEEPEST or counts[-1][1] > _MOST:
+            raise RecipeError(
+                f"{pattern}: expected braces at most {_DEEPEST - 1} deep that name at most {_MOST:,} shards, got more; "
+                "correct the range"
+            )
 
 
 # Classes -------------------------------------------------------------------------------------------------------------
