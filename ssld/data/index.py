@@ -7,6 +7,7 @@ import io
 import os
 import re
 import tarfile
+import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -31,6 +32,7 @@ ABANDONED = 3600.0
 _MAGIC = b"ssld index 1\n"
 _BLOCK = 512
 _LABEL = re.compile(rb"\s*(\d{1,9})\s*", re.ASCII)
+_MAX_LABEL = 10**9 - 1
 
 
 def text(name: bytes) -> str:
@@ -112,14 +114,46 @@ class Index:
 
 
 def decode_index(data: bytes) -> Index | None:
-    """What `encode` wrote, or None where the bytes are damaged or of another version."""
+    """What `encode` wrote, or None for any other bytes.
+
+    A sidecar comes with the data, so one that is whole may still have been made by anybody, to any end.
+    """
     start = len(_MAGIC) + 32
     if data[:start] != _MAGIC + hashlib.sha256(data[start:]).digest():
         return None
-    columns = dict(np.load(io.BytesIO(data[start:]), allow_pickle=False))
-    shards = columns.pop("shards").tobytes().decode("utf-8", "surrogateescape").split("\0")
-    members = Strings(columns.pop("blob").tobytes(), columns.pop("ends"))
-    return Index(shards=tuple(shards), members=members, **columns)
+    try:
+        columns = _arrays(data[start:])
+        shards = columns.pop("shards").tobytes().decode("utf-8", "surrogateescape").split("\0")
+        members = Strings(columns.pop("blob").tobytes(), columns.pop("ends"))
+        index = Index(shards=tuple(shards), members=members, **columns)
+        return index if _sound(index) else None
+    except (ValueError, KeyError, TypeError, IndexError, OSError, EOFError, MemoryError, zipfile.BadZipFile):
+        return None
+
+
+def _arrays(data: bytes) -> dict[str, np.ndarray]:
+    """The columns in an .npz archive, in which nothing is compressed. Raises ValueError where something is."""
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        members = archive.infolist()
+    if any(member.compress_type != zipfile.ZIP_STORED or member.file_size > len(data) for member in members):
+        raise ValueError("expected an index that is not compressed")
+    return dict(np.load(io.BytesIO(data), allow_pickle=False))
+
+
+def _sound(index: Index) -> bool:
+    """Whether the columns fit each other, and every image lies in its shard."""
+    ends, counts, columns = index.members.ends, index.counts, (index.offsets, index.sizes, index.labels)
+    shapes = [column.shape == ends.shape for column in columns] + [counts.shape == index.lengths.shape]
+    kinds = [array.dtype == np.int64 and array.ndim == 1 for array in (ends, counts, index.lengths, *columns)]
+    if not all(shapes + kinds) or len(index.shards) != len(counts) or counts.min(initial=1) < 1:
+        return False
+    if counts.max(initial=0) > len(ends) or counts.sum() != len(ends) or not len(ends):
+        return False
+    if ends[0] < 0 or np.any(np.diff(ends) < 0) or ends[-1] != len(index.members.blob):
+        return False
+    room = np.repeat(index.lengths, counts) - index.offsets
+    inside = (index.offsets >= 0) & (index.sizes >= 0) & (index.sizes <= room)
+    return bool(inside.all() and index.labels.min() >= BAD_LABEL and index.labels.max() <= _MAX_LABEL)
 
 
 def join(parts: Sequence[Index]) -> Index:

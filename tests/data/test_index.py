@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import gzip
+import hashlib
 import io
 import os
 import tarfile
@@ -28,6 +29,10 @@ from ssld.errors import DataError, OutputError, StorageError
 from ssld.files import disk
 
 SAMPLES = [("a.jpg", b"first" * 300), ("a.cls", b"3"), ("b.cls", b" 0\n"), ("b.png", b"second"), ("c.webp", b"third")]
+
+
+HEAD = len(b"ssld index 1\n") + 32
+"""Bytes before the columns of an index: what it is, and their sha256."""
 
 
 def write_tar(path: Path, members: Sequence[tuple[str, bytes]], format: int = tarfile.USTAR_FORMAT) -> Path:
@@ -203,6 +208,54 @@ def test_a_sidecar_does_not_speak_for_a_shard_that_was_written_later(tmp_path: P
     os.utime(path, ns=(0, indexed + 1))
     assert path.stat().st_size == before.st_size
     assert load_index([path], tmp_path / "cache").labels.tolist() == [5, 3]
+
+
+BIG = np.array([2**60, 5, 6])
+
+
+def repacked(index: Index, **changed: object) -> bytes:
+    """An index with other columns, whose sha256 is right."""
+    buffer = io.BytesIO()
+    with np.load(io.BytesIO(index.encode()[HEAD:])) as columns:
+        np.savez(buffer, **{**columns, **changed})
+    return index.encode()[: HEAD - 32] + hashlib.sha256(buffer.getvalue()).digest() + buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"offsets": -BIG},
+        {"sizes": BIG},
+        {"sizes": -BIG},
+        {"offsets": BIG, "sizes": BIG},
+        {"ends": BIG},
+        {"ends": np.array([4, 2, 6])},
+        {"counts": np.array([2**40])},
+        {"counts": np.array([-3])},
+        {
+            "counts": np.array([0, 3]),
+            "lengths": np.array([9000, 9000]),
+            "shards": np.frombuffer(b"s.tar\0t.tar", np.uint8),
+        },
+        {"labels": np.array([0, 0, -3])},
+        {"labels": np.array([0, 0, 10**9])},
+        {"labels": np.zeros(2, np.int64)},
+        {"labels": np.zeros((3, 1), np.int64)},
+        {"labels": np.zeros(3)},
+        {"more": np.zeros(3)},
+        {"labels": np.array([object()] * 3)},
+        {"blob": np.zeros((), np.uint8)},
+    ],
+    ids=str,
+)
+def test_a_sidecar_that_lies_is_passed_over(tmp_path: Path, changed: dict[str, np.ndarray]) -> None:
+    """Its sha256 says that it is as it was written, not that it speaks the truth."""
+    path = write_tar(tmp_path / "s.tar", SAMPLES)
+    index = index_shard(path)
+    assert decode_index(repacked(index)) is not None
+    assert decode_index(repacked(index, **changed)) is None
+    (tmp_path / SIDECAR).write_bytes(repacked(index, **changed))
+    assert equal(load_index([path], tmp_path / "cache"), index)
 
 
 def test_a_cache_that_cannot_be_written_is_an_error_with_a_way_out(tmp_path: Path) -> None:
