@@ -35,7 +35,7 @@ class Commands(click.Group):
             return super().invoke(ctx)
         except SsldError as error:
             for line in (f"Error: {error}", *getattr(error, "__notes__", ())):
-                click.echo(line, err=True)
+                click.echo(plain(line), err=True)
             ctx.exit(error.exit_code)
         except KeyboardInterrupt:
             click.echo("Error: interrupted; nothing that was committed is lost", err=True)
@@ -57,9 +57,18 @@ def with_recipe(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
+def plain(text: str) -> str:
+    """The text with escapes for what a terminal would act upon, since names in it are whatever the data say.
+
+    >>> plain("\x1b[2Jcät")
+    '\\\\x1b[2Jcät'
+    """
+    return "".join(char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in text)
+
+
 def show(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """A table on standard output, columns padded, nothing cut off."""
-    lines = [tuple(header), *map(tuple, rows)]
+    lines = [tuple(header), *(tuple(map(plain, row)) for row in rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     for line in lines:
         click.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
@@ -120,7 +129,7 @@ def finish(result: ssld.Overview) -> None:
 def remark(overview: ssld.Overview) -> None:
     """Damage that was met, on standard error."""
     for line in overview.remarks:
-        click.echo(line, err=True)
+        click.echo(plain(line), err=True)
 
 
 @main.command(short_help="Show the stages in order, the numbers that are derived, and what would run, and why.")
@@ -354,7 +363,7 @@ def pack(source: str, out: Path, unlabeled: bool, shard_size: int, max_damaged: 
             progress=progress,
         )
     for name in report.damaged:
-        click.echo(f"skipped, damaged: {name}", err=True)
+        click.echo(plain(f"skipped, damaged: {name}"), err=True)
     click.echo(f"{report.written} images in {report.shards} shards in {out}, {len(report.damaged)} skipped")
 
 
@@ -372,7 +381,7 @@ def import_(file: Path, network: str | None, out: Path | None) -> None:
     """
     from ssld.importing.conversion import convert
 
-    done = convert(file, out, network, lambda line: click.echo(line, err=True))
+    done = convert(file, out, network, lambda line: click.echo(plain(line), err=True))
     fits = ", ".join(f"{name} ({classes} classes)" for name, classes in done.networks.items())
     show(("weights", "tensors", "network"), [(str(done.path), str(done.tensors), fits or "none")])
 

@@ -266,3 +266,15 @@ def test_a_table_is_padded_and_cut_nowhere(capsys):
     show(("a", "long header"), [("longer cell", "x"), ("", "y")])
     lines = capsys.readouterr().out.splitlines()
     assert lines == ["a            long header", "longer cell  x", "             y"]
+
+
+def test_nothing_that_a_terminal_acts_upon_is_shown(call, monkeypatch, capsys):
+    """Names come from whoever made the data."""
+
+    def fail(*_, **__):
+        raise errors.DataError("a\x1b[2J\x07\x9b\u202e\udc80.png: Grün\nnext line")
+
+    monkeypatch.setattr(ssld, "status", fail, raising=False)
+    assert call("status").stderr == "Error: a\\x1b[2J\\x07\\x9b\\u202e\\udc80.png: Grün\nnext line\n"
+    show(("name",), [("a\rb",)])
+    assert capsys.readouterr().out.splitlines()[1] == "a\\rb"
