@@ -1,13 +1,10 @@
-"""Checkpoints under every fault of the disk, damage of any byte, and the choice of the one to go on from."""
+"""Checkpoints with damage of any byte, and which one a run goes on from; faults of the disk are in tests/faults."""
 
 from __future__ import annotations
 
-import errno
 import itertools
 import json
 import os
-import shutil
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +12,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from ssld import checkpoint, files
-from ssld.errors import CheckpointError, StorageError
+from ssld import checkpoint
+from ssld.errors import CheckpointError
 
 STEP = 7
 DIRECTORY = "step-00000007"
@@ -51,100 +48,6 @@ def newest(root: Path) -> checkpoint.Checkpoint:
 
 def names(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir())
-
-
-class Killed(BaseException):
-    """Ends the process as kill -9 does: no handler of ours may run."""
-
-
-class Faulty:
-    """A disk on which operation number `at` fails.
-
-    kill: the process ends before it; torn: a write ends in the middle, with the process; eio: an error, once;
-    full: no operation that needs space succeeds from then on.
-    """
-
-    def __init__(self, at: int, mode: str) -> None:
-        self.at, self.mode, self.count = at, mode, 0
-
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        def operation(*arguments: Any) -> None:
-            self.count += 1
-            if self.count == self.at or (self.mode == "full" and self.count > self.at and name != "remove"):
-                self.fail(name, arguments)
-            getattr(files.Disk(), name)(*arguments)
-
-        return operation
-
-    def fail(self, name: str, arguments: tuple[Any, ...]) -> None:
-        if name == "write" and self.mode != "kill":
-            path, data = arguments
-            path.write_bytes(data[: len(data) // 2])
-        if self.mode in ("kill", "torn"):
-            raise Killed
-        raise OSError(errno.EIO if self.mode == "eio" else errno.ENOSPC, "injected")
-
-
-def attempts(monkeypatch: pytest.MonkeyPatch, root: Path, mode: str, act: Callable[[], object]) -> Iterator[bool]:
-    """Run `act` with a fault at its first, second, … operation, until there is none left to fail.
-
-    Yields, with a sound disk again, whether the act said that it failed; the caller restores the root.
-    """
-    for at in itertools.count(1):
-        disk = Faulty(at, mode)
-        monkeypatch.setattr(files, "disk", disk)
-        failed = False
-        try:
-            act()
-        except (Killed, StorageError):
-            failed = True
-        monkeypatch.setattr(files, "disk", files.Disk())
-        if disk.count < at:
-            assert at > 3
-            return
-        yield failed
-
-
-def restore(root: Path, *saved: tuple[int, dict[str, Any]]) -> None:
-    shutil.rmtree(root, ignore_errors=True)
-    for step, what in saved:
-        checkpoint.save(root, step, **what)
-
-
-@pytest.mark.parametrize("mode", ["kill", "torn", "eio", "full"])
-@pytest.mark.parametrize("before", [OLD, None], ids=["replace", "first"])
-def test_a_fault_at_any_operation_of_save_leaves_the_old_or_the_new(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, before: dict[str, Any] | None
-) -> None:
-    root = tmp_path / "distill"
-    saved = [(3, OLDER), *([(STEP, before)] if before else [])]
-    restore(root, *saved)
-    outcomes = set()
-    for failed in attempts(monkeypatch, root, mode, lambda: checkpoint.save(root, STEP, **NEW)):
-        assert failed, "a fault went unreported"
-        found = newest(root)
-        outcomes.add(same(found, NEW))
-        assert same(found, NEW) or same(found, before or OLDER)
-        files.sweep(root, depth=9)
-        assert newest(root).state == found.state
-        assert names(root) == ["step-00000003", DIRECTORY][: len(checkpoint.steps(root))]
-        assert same(checkpoint.save(root, STEP, **NEW), NEW)
-        restore(root, *saved)
-    assert outcomes == {True, False}
-
-
-@pytest.mark.parametrize("mode", ["kill", "eio"])
-def test_a_fault_at_any_operation_of_retain_keeps_what_was_to_be_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
-) -> None:
-    root = tmp_path / "distill"
-    saved = [(3, OLDER), (5, OLD), (STEP, NEW)]
-    restore(root, *saved)
-    for failed in attempts(monkeypatch, root, mode, lambda: checkpoint.retain(root, [STEP])):
-        assert failed
-        assert same(newest(root), NEW)
-        assert all(checkpoint.load(root / f"step-{step:08d}") for step in checkpoint.steps(root))
-        restore(root, *saved)
 
 
 @pytest.mark.parametrize("file", ["student.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])

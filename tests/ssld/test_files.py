@@ -1,9 +1,8 @@
-"""Error kinds, power cuts, litter and the lock; a fault at every operation of a save is in test_checkpoint.py."""
+"""Error kinds, litter and the lock; power cuts and a fault at every operation are in tests/faults."""
 
 from __future__ import annotations
 
 import errno
-import itertools
 import os
 import shutil
 import signal
@@ -12,20 +11,16 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from ssld import files, lock
 from ssld.errors import BusyError, CheckpointError, OutputError, SsldError, StorageError
 
-Operation = tuple[str, tuple[Any, ...]]
-OLD = {"weights": b"old weights", "state": b"old"}
-NEW = {"weights": b"the new weights", "state": b"new"}
 HOLD = """
 import sys
 from pathlib import Path
@@ -252,112 +247,6 @@ def test_a_commit_replaces_the_directory_that_waits(tmp_path: Path, before: tupl
     files.commit_directory(tmp_path / "final", {"a": b"new"})
     assert files.verify(tmp_path / "final").read("a") == b"new"
     assert names(tmp_path) == ["final"]
-
-
-class Recorder:
-    """A disk that does everything and notes it."""
-
-    def __init__(self) -> None:
-        self.operations: list[Operation] = []
-
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        def operation(*arguments: Any) -> None:
-            self.operations.append((name, arguments))
-            getattr(files.Disk(), name)(*arguments)
-
-        return operation
-
-
-def power_cuts(operations: Sequence[Operation]) -> Iterator[tuple[bool, list[Operation]]]:
-    """Every state that a power cut may leave, as (was the commit acknowledged, the operations that count).
-
-    Changes of names after the last sync of a directory may be lost from some point on; the content of a file that
-    was not synced may be there wholly, by half, or not at all.
-    """
-    for crash in range(len(operations) + 1):
-        done = operations[:crash]
-        durable = max((i + 1 for i, (name, _) in enumerate(done) if name == "fsync_directory"), default=0)
-        synced = {arguments[0] for name, arguments in done if name == "fsync"}
-        for kept, part in itertools.product(range(durable, crash + 1), (1.0, 0.5, 0.0)):
-            yield crash == len(operations), [cut(operation, synced, part) for operation in done[:kept]]
-
-
-def cut(operation: Operation, synced: set[Path], part: float) -> Operation:
-    name, arguments = operation
-    if name != "write" or arguments[0] in synced:
-        return operation
-    return name, (arguments[0], arguments[1][: int(len(arguments[1]) * part)])
-
-
-def violations(operations: Sequence[Operation], root: Path, before: Path) -> int:
-    """How many of the states after a power cut break the promise: the old or the new; the new once acknowledged."""
-    return sum(
-        not kept_promise(acknowledged, survivors, root, before) for acknowledged, survivors in power_cuts(operations)
-    )
-
-
-def kept_promise(acknowledged: bool, survivors: Iterable[Operation], root: Path, before: Path) -> bool:
-    shutil.rmtree(root)
-    shutil.copytree(before, root)
-    for name, arguments in survivors:
-        if not name.startswith("fsync"):
-            getattr(files.Disk(), name)(*arguments)
-    try:
-        found = files.verify(root / "final")
-    except CheckpointError:
-        return False
-    content = {name: found.read(name) for name in found.entries}
-    return content == NEW or (not acknowledged and content == OLD)
-
-
-def test_a_power_cut_leaves_the_old_or_the_new_and_an_acknowledged_commit_stays(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    root, before = tmp_path / "root", tmp_path / "before"
-    files.commit_directory(root / "final", OLD)
-    shutil.copytree(root, before)
-    disk = Recorder()
-    monkeypatch.setattr(files, "disk", disk)
-    files.commit_directory(root / "final", NEW)
-    operations = disk.operations
-    assert violations(operations, root, before) == 0
-    # the model must notice what each precaution is for
-    assert violations([entry for entry in operations if entry[0] != "fsync"], root, before) > 0
-    assert violations([entry for entry in operations if entry[0] != "fsync_directory"], root, before) > 0
-    aside = next(entry for entry in operations if entry[0] == "rename" and entry[1][0] == root / "final")
-    assert violations([aside, *(entry for entry in operations if entry is not aside)], root, before) > 0
-
-
-@pytest.mark.parametrize("linkless", [False, True])
-def test_a_power_cut_leaves_all_of_an_exclusive_commit_or_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, linkless: bool
-) -> None:
-    path = tmp_path / "root" / "labels"
-    disk = Recorder()
-    monkeypatch.setattr(files, "disk", disk)
-    if linkless:
-        # a call that the system refuses changes nothing, so it is not recorded
-        monkeypatch.setattr(disk, "link", fail_with(errno.EPERM), raising=False)
-    assert files.commit_exclusive(path, b"the labels")
-
-    def broken(operations: Sequence[Operation]) -> int:
-        return sum(
-            after(survivors, path) not in ([b"the labels"] if acknowledged else [b"the labels", None])
-            for acknowledged, survivors in power_cuts(operations)
-        )
-
-    assert broken(disk.operations) == 0
-    assert broken([entry for entry in disk.operations if entry[0] != "fsync"]) > 0
-    assert broken([entry for entry in disk.operations if entry[0] != "fsync_directory"]) > 0
-
-
-def after(survivors: Iterable[Operation], path: Path) -> bytes | None:
-    """What is at the path when only these operations took place."""
-    shutil.rmtree(path.parent, ignore_errors=True)
-    for name, arguments in survivors:
-        if not name.startswith("fsync"):
-            getattr(files.Disk(), name)(*arguments)
-    return path.read_bytes() if path.exists() else None
 
 
 def test_sweep_old_removes_what_is_being_written_no_longer(tmp_path: Path) -> None:
