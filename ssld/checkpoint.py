@@ -167,7 +167,8 @@ def decode(data: bytes, where: Path) -> dict[str, np.ndarray]:
         raise CheckpointError(f"expected a safetensors file (header up to {HEADER_LIMIT:,} bytes), got {got}: {where}")
     try:
         return safetensors.numpy.load(data)
-    except SafetensorError as error:
+    # ValueError: a shape that numpy cannot have
+    except (SafetensorError, ValueError) as error:
         raise CheckpointError(f"expected a whole safetensors file, got a damaged one: {where}: {error}") from error
     except KeyError as error:
         raise CheckpointError(
@@ -180,13 +181,17 @@ def directory(root: Path, step: int) -> Path:
 
 
 def _opened(committed: files.Committed, state: bytes) -> Checkpoint:
-    document = json.loads(state)
-    if document["format"] != FORMAT:
-        raise FormatError(
-            f"{committed.directory / _STATE}: expected format {FORMAT}, got {document['format']}; "
-            "use the version of ssld that wrote it"
-        )
-    return Checkpoint(committed.directory, document["step"], document["state"], committed)
+    where = committed.directory / _STATE
+    try:
+        document = json.loads(state)
+        written, step, content = (document.get(key) for key in ("format", "step", "state"))
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{where}: expected the state of a checkpoint as JSON, got: {error}") from error
+    if written != FORMAT:
+        raise FormatError(f"{where}: expected format {FORMAT}, got {written}; use the version of ssld that wrote it")
+    if type(step) is not int or not isinstance(content, dict):
+        raise CheckpointError(f"{where}: expected a step and a state, got {step!r} and a {type(content).__name__}")
+    return Checkpoint(committed.directory, step, content, committed)
 
 
 def _listed(sign: str, meaning: str, lines: list[str]) -> list[str]:
@@ -208,6 +213,9 @@ def _encode(group: Mapping[str, np.ndarray], name: str) -> bytes:
 
 def _content(path: Path) -> bytes:
     try:
+        # a device or a named pipe would never end
+        if path.exists() and not path.is_file():
+            raise CheckpointError(f"expected a weights file or a checkpoint, got {path}, which is no file")
         return path.read_bytes()
     except OSError as error:
         raise CheckpointError(f"expected a weights file or a checkpoint, got {path}: {error.strerror}") from error
