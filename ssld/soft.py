@@ -68,9 +68,7 @@ class SoftSource:
             loss = getattr(settings, "loss", None)
             temperature = loss.options.get("temperature", 1.0) if loss else 1.0
             return OnlineLabels(self.members.of(node), samples, classes, temperature)
-        # the other ranks wait until all labels are there
-        with shared_by(1):
-            return self._complete(self.members.stores(node), samples, budget)
+        return self._complete(self.members.stores(node), samples, budget)
 
     def label(self, node: Node, number: int, of: int) -> list[Labelled]:
         """Make what is missing of the static slice `number` (from 1) of `of` slices of a stage's shards."""
@@ -124,7 +122,9 @@ class SoftSource:
     def _reader(self, store: Store, member: Member, samples: Samples, budget: int) -> Reader:
         reader = self._opened(store, samples)
         lacking = reader.lacking
-        self._make(store, member, samples, lacking, budget)
+        # the other ranks wait until all labels are there
+        with shared_by(1):
+            self._make(store, member, samples, lacking, budget)
         for fault in reader.open(lacking).values():
             raise fault
         return reader

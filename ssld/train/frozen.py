@@ -35,8 +35,8 @@ class Frozen:
 
     size: side of the square input in pixels. device: "cpu" runs the exported snapshot by paddle.inference with oneDNN,
     several times as fast as the layer itself; any other device runs the snapshot eagerly. threads: of the engine on
-    the CPU, all cores of this rank when left out. precision: "float32", or "bfloat16" on a CPU with AVX-512;
-    RecipeError elsewhere, where paddle would go on in float32 without a word.
+    the CPU; when left out, all cores of this rank, also after its share of them has changed. precision: "float32", or
+    "bfloat16" on a CPU with AVX-512; RecipeError elsewhere, where paddle would go on in float32 without a word.
 
     The first images of every snapshot are shown to it eagerly as well: SsldError when any logit of the engine is off by
     more than TOLERANCE of the largest (or of 1). The bits of an answer depend neither on its batch nor on threads.
@@ -58,7 +58,8 @@ class Frozen:
         if precision == "bfloat16":
             _expect_bfloat16(device)
         self._size = size
-        self._threads = threads or share()
+        self._threads = threads
+        self._running = 0
         self._precision = precision
         self._lock = threading.Lock()
         self._shown = COMPARED
@@ -85,13 +86,19 @@ class Frozen:
                 # one image, shown twice: a batch of one hides a program that takes another size for the batch's
                 self._check(self._unchecked, np.resize(images, (min(max(len(images), 2), self._shown), *wanted)))
                 self._unchecked, self._shown = None, COMPARED_AGAIN
+            if self._program is not None and self._running != (self._threads or share()):
+                self._engine = self._engine_of(self._program, None)
             return self._engine(np.ascontiguousarray(images))
 
     def _answer_as(self, snapshot: nn.Layer) -> None:
         if self._program is None:
             self._engine, self._unchecked = _eager(snapshot), None
         else:
-            self._engine, self._unchecked = self._program.engine(snapshot, self._threads, self._precision), snapshot
+            self._engine, self._unchecked = self._engine_of(self._program, snapshot), snapshot
+
+    def _engine_of(self, program: _Program, snapshot: nn.Layer | None) -> Engine:
+        self._running = self._threads or share()
+        return program.engine(snapshot, self._running, self._precision)
 
     def _check(self, snapshot: nn.Layer, images: np.ndarray) -> None:
         """Let the engine answer as the snapshot does. Raises SsldError where no export does."""
@@ -130,9 +137,9 @@ class _Program:
         images = paddle.static.InputSpec([None, 3, size, size], "float32", "images")
         self._traced = (None if careful else _as_written(layer, images)) or _traced(_snapshot(layer), images)
 
-    def engine(self, layer: nn.Layer, threads: int, precision: str) -> Engine:
-        """The program with the weights of this layer."""
-        for own, new in zip(_tensors(self._traced), _tensors(layer), strict=True):
+    def engine(self, layer: nn.Layer | None, threads: int, precision: str) -> Engine:
+        """The program with the weights of this layer; with those that it has where there is None."""
+        for own, new in zip(_tensors(self._traced), _tensors(layer), strict=True) if layer is not None else ():
             own.set_value(new)
         with tempfile.TemporaryDirectory(prefix="ssld-") as folder:
             path = os.path.join(folder, "frozen")

@@ -553,6 +553,8 @@ def test_a_limit_of_the_size_of_files_ends_like_a_full_disk(taught, kept):
     # what the teacher writes is not what is limited
     (taught.folder / "asked.log").symlink_to("/dev/null")
     limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (2600, 2600))
+    # Python keeps what it could write of a module's code, and everybody's next import fails
+    taught.extra["PYTHONDONTWRITEBYTECODE"] = "1"
     failed = taught.wait(taught.start(*LABEL, preexec_fn=limit), 74)
     assert re.search(r"Error: cannot write store/\S+: File too large", failed.err)
     made = files(taught.folder / "store")
@@ -563,6 +565,8 @@ def test_a_limit_of_the_size_of_files_ends_like_a_full_disk(taught, kept):
 def test_a_labelling_that_cannot_be_written_says_how_to_go_on(taught):
     (taught.folder / "asked.log").symlink_to("/dev/null")
     limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (2600, 2600))
+    # Python keeps what it could write of a module's code, and everybody's next import fails
+    taught.extra["PYTHONDONTWRITEBYTECODE"] = "1"
     failed = taught.wait(taught.start(*LABEL, preexec_fn=limit), 74)
     assert "ssld label" in failed.err
     assert "ssld resume" not in failed.err

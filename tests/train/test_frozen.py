@@ -477,3 +477,24 @@ def test_eager_answers_the_same(layer, frozen):
 def test_other_input_is_refused(frozen, batch):
     with pytest.raises(DataError, match=rf"float32 \[batch, 3, {SIZE}, {SIZE}\].*got {batch.dtype}"):
         frozen(batch)
+
+
+def test_follows_the_share_of_its_rank(layer, monkeypatch):
+    told = []
+
+    class Told(inference.Config):
+        def set_cpu_math_library_num_threads(self, number):
+            told.append(number)
+            super().set_cpu_math_library_num_threads(number)
+
+    monkeypatch.setattr(inference, "Config", Told)
+    monkeypatch.setattr("ssld.threads.cores", lambda: 6)
+    found = []
+    frozen = None
+    for ranks in ("3", "3", "1", "3"):
+        monkeypatch.setenv("SSLD_RANKS", ranks)
+        frozen = frozen or Frozen(layer, SIZE)
+        found.append(frozen(images(4)))
+    assert told == [2, 6, 2]
+    for answer in found:
+        np.testing.assert_array_equal(answer, found[0])
