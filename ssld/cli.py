@@ -26,6 +26,13 @@ NPROC = click.option(
     help="Processes that train together, sharing every batch; kept by the run, at first 1.",
 )
 
+STALL = click.option(
+    "--stall-timeout",
+    type=click.FloatRange(min=0),
+    metavar="SECONDS",
+    help="End where an image, an answer, a step or a save takes longer, 0: never; kept by the run, at first 600.",
+)
+
 
 class Commands(click.Group):
     """Shows an SsldError as one message and ends with its exit code; a defect of ssld keeps its traceback."""
@@ -91,6 +98,7 @@ def main() -> None:
 @click.option("--device", type=click.Choice(["cpu", "gpu"]), default="cpu", show_default=True)
 @click.option("--until", metavar="STAGE", help="Stop after this stage (number or name).")
 @NPROC
+@STALL
 @click.option("--rerun", is_flag=True, help="Do again what a changed recipe affects; old results move to attempt.N.")
 @click.option("--trust-teacher", is_flag=True, help="Go on with a teacher that is no better than chance.")
 def run(recipe: str, out: Path | None, overrides: tuple[str, ...], **options: Any) -> None:
@@ -108,7 +116,8 @@ def run(recipe: str, out: Path | None, overrides: tuple[str, ...], **options: An
 @click.option("--stage", help="Start again from this stage (number or name); what comes before stays.")
 @click.option("--out", type=click.Path(path_type=Path), help="The run directory; the newest under runs/ when left out.")
 @NPROC
-def resume(stage: str | None, out: Path | None, nproc: int | None) -> None:
+@STALL
+def resume(out: Path | None, **options: Any) -> None:
     """\b
     Examples:
       ssld resume
@@ -116,7 +125,7 @@ def resume(stage: str | None, out: Path | None, nproc: int | None) -> None:
 
     Go on exactly where a run stopped, or start again from one of its stages.
     """
-    finish(ssld.resume(out, stage=stage, nproc=nproc))
+    finish(ssld.resume(out, **options))
 
 
 def finish(result: ssld.Overview) -> None:
@@ -203,6 +212,7 @@ def check(recipe: str, out: Path | None, device: str, **options: Any) -> None:
 )
 @click.option("--device", type=click.Choice(["cpu", "gpu"]), default="cpu", show_default=True)
 @click.option("--trust-teacher", is_flag=True, help="Go on with a teacher that is no better than chance.")
+@STALL
 def label(recipe: str, out: Path | None, overrides: tuple[str, ...], **options: Any) -> None:
     """\b
     Example, on the third of ten machines:

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ssld.changes import Old, refusal, what_changed
 from ssld.environment import environment
-from ssld.errors import ChangedError, CheckpointError, Interrupted, ProcessError, RecipeError, SsldError, StorageError
+from ssld.errors import (
+    ChangedError,
+    CheckpointError,
+    Interrupted,
+    ProcessError,
+    RecipeError,
+    SsldError,
+    StallError,
+    StorageError,
+)
 from ssld.graph import Node, Plan, make_plan
 from ssld.inputs import Inputs
 from ssld.journal import Journal
@@ -19,11 +29,13 @@ from ssld.lock import RunLock, holder
 from ssld.members import Members
 from ssld.overview import Overview
 from ssld.preview.forecast import label_forecasts
+from ssld.processes import kill
 from ssld.recipe import Recipe, differences, dump, read_recipe
 from ssld.rundir import Options, RunDirectory, Status
 from ssld.signals import Stop
 from ssld.soft import Labelled
 from ssld.threads import shared_by
+from ssld.watch import watch
 
 if TYPE_CHECKING:
     from ssld.crew import Crew
@@ -40,34 +52,49 @@ def run(
     trust_teacher: bool = False,
     until: str | int | None = None,
     nproc: int | None = None,
+    stall_timeout: float | None = None,
 ) -> Overview:
     """Do what the recipe says, or go on where an earlier run of it stopped.
 
     out: the run directory, runs/NAME when left out; overrides: "key.path=value"; limit: a smoke run on so many images
-    of each set; until: the number or name of the last stage to do; nproc: ranks, processes that train together, when
-    left out as many as the run has had, at first one. Raises ChangedError when the directory holds results of another
-    recipe and rerun is not set.
+    of each set; until: the number or name of the last stage to do; nproc: ranks, processes that train together;
+    stall_timeout: seconds that an image, a teacher's answer, a step or a save may take before the process is ended, 0
+    for any time; both are what the run has had when left out, at first 1 and 600. Raises ChangedError when the
+    directory holds results of another recipe and rerun is not set.
     """
     read = recipe if isinstance(recipe, Recipe) else read_recipe(recipe, overrides)
     directory = RunDirectory.of(read.name, out).path
     plan = make_plan(read, limit=limit)
     last = plan.find(str(until)) if until is not None else None
-    count = RunDirectory(directory).ranks() if nproc is None else nproc
-    return Runner(directory, plan, Options(device, limit, trust_teacher, count)).run(rerun=rerun, last=last)
+    had = RunDirectory(directory).options()
+    options = _with(Options(device, limit, trust_teacher, had.nproc, had.stall_timeout), nproc, stall_timeout)
+    return Runner(directory, plan, options).run(rerun=rerun, last=last)
 
 
-def resume(out: str | Path | None = None, *, stage: str | int | None = None, nproc: int | None = None) -> Overview:
+def resume(
+    out: str | Path | None = None,
+    *,
+    stage: str | int | None = None,
+    nproc: int | None = None,
+    stall_timeout: float | None = None,
+) -> Overview:
     """Go on exactly where a run stopped; or, with a stage's number or name, start again from there.
 
-    out: the run directory, the newest under runs/ when left out; nproc: another number of ranks. Raises RecipeError
-    when there is nothing to resume.
+    out: the run directory, the newest under runs/ when left out; nproc, stall_timeout: others than the run has had.
+    Raises RecipeError when there is nothing to resume.
     """
     directory = existing_run(out)
     recipe, options = RunDirectory(directory).recorded()
-    options = options if nproc is None else replace(options, nproc=nproc)
+    options = _with(options, nproc, stall_timeout)
     plan = make_plan(recipe, limit=options.limit)
     first = plan.find(str(stage)) if stage is not None else None
     return Runner(directory, plan, options).run(first=first)
+
+
+def _with(options: Options, nproc: int | None, stall_timeout: float | None) -> Options:
+    """The options with what was given, and without what was not."""
+    given: dict[str, Any] = {"nproc": nproc, "stall_timeout": stall_timeout}
+    return replace(options, **{name: value for name, value in given.items() if value is not None})
 
 
 def plan(
@@ -117,11 +144,13 @@ def label(
     device: str = "cpu",
     limit: int | None = None,
     trust_teacher: bool = False,
+    stall_timeout: float | None = None,
 ) -> list[Labelled]:
     """Make the soft labels that a recipe keeps, without training; several processes may do so at once.
 
     stage: the number or name of one stage, all that keep labels when left out; part: (number from 1, of how many)
-    static slices of the shards. Raises RecipeError where no stage keeps labels, or the teacher is still to be trained.
+    static slices of the shards; stall_timeout: as for `run`. Raises RecipeError where no stage keeps labels, or the
+    teacher is still to be trained.
     """
     read = recipe if isinstance(recipe, Recipe) else read_recipe(recipe, overrides)
     directory = RunDirectory.of(read.name, out)
@@ -130,9 +159,10 @@ def label(
     directory.claim()
     from ssld.train.networks import use_device
 
-    stop, journal = Stop(), Journal(directory.path)
+    stop, journal, again = Stop(), Journal(directory.path), "continue: the same ssld label again"
     try:
-        with stop.listening():
+        seconds = directory.options().stall_timeout if stall_timeout is None else stall_timeout
+        with stop.listening(), watch.on(seconds, lambda error: end(error, journal, again)):
             use_device(device)
             options = Options(device, limit, trust_teacher)
             soft = Inputs.of(directory, plan, options, journal, lambda: stop.number).soft
@@ -145,10 +175,19 @@ def label(
                 soft.reference(node)
             return done
     except (Interrupted, StorageError) as error:
-        error.add_note("continue: the same ssld label again")
+        error.add_note(again)
         raise
     finally:
         journal.close()
+
+
+def end(error: StallError, journal: Journal, onward: str) -> None:
+    """End the process, whose threads may be held where no exception reaches them; what was committed stands."""
+    journal.console.show_cursor()
+    journal.note(f"Error: {error}")
+    journal.note(onward)
+    kill()
+    os._exit(error.exit_code)
 
 
 def keeping(plan: Plan, stage: str | int | None) -> list[Node]:
@@ -186,6 +225,7 @@ class Runner:
         self.plan = plan
         self.options = options
         self.stop = Stop()
+        self.onward = f"continue: ssld resume --out {shlex.quote(str(directory))}"
 
     def run(self, *, rerun: bool = False, first: Node | None = None, last: Node | None = None) -> Overview:
         """Run every stage that is not done, up to `last`; `first` and what follows it starts again."""
@@ -199,7 +239,7 @@ class Runner:
                 if not isinstance(error, ChangedError):
                     journal.detail(f"Error: {error}")
                 if isinstance(error, Interrupted | ProcessError | StorageError) and self.directory.exists():
-                    error.add_note(f"continue: ssld resume --out {shlex.quote(str(self.directory.path))}")
+                    error.add_note(self.onward)
                 raise
             finally:
                 journal.close()
@@ -222,7 +262,8 @@ class Runner:
         fresh = bool(todo) or (complete and self._untested())
         if fresh:
             reason = f"starting again from stage {first.number} {first.name}" if first else "; ".join(why)
-            with shared_by(self.options.nproc):
+            stalled = watch.on(self.options.stall_timeout, lambda error: end(error, journal, self.onward))
+            with shared_by(self.options.nproc), stalled:
                 self._work(todo, Old((*changed, *again), before, reason), journal, complete)
         after = self._statuses(journal)
         return Overview(self.directory.path, tuple(after), fresh=fresh, test=self._test_metrics())

@@ -6,6 +6,7 @@
     │   ├── CheckpointError  a checkpoint or a weights file is damaged or does not fit
     │   ├── LabelError       a file of soft labels is missing, damaged, or not the one it should be
     │   └── TeacherError     what a teacher returned, or how good it is, cannot be trusted
+    ├── StallError      69   what a run waits for has not come in time
     ├── ProcessError    71   one of the processes of a run is gone
     │   └── RankError        one of those that train together
     ├── PluginError     70   a plug-in is named twice, fails to import or breaks its contract
@@ -51,6 +52,12 @@ class TeacherError(DataError):
 
 class PluginError(SsldError):
     """A plug-in is named twice, fails to import or breaks its contract."""
+
+
+class StallError(SsldError):
+    """What a run waits for has not come in time; where it is met, the process ends."""
+
+    exit_code = 69
 
 
 class ProcessError(SsldError):

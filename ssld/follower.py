@@ -15,14 +15,16 @@ from typing import IO, Any
 from rich.console import Console
 
 from ssld.contracts import Ranks
-from ssld.errors import ChangedError, Interrupted, RankError, SsldError
+from ssld.errors import ChangedError, Interrupted, RankError, SsldError, StallError
 from ssld.graph import make_plan
 from ssld.inputs import Inputs
 from ssld.journal import Journal
 from ssld.preview.trial import endless, trial
+from ssld.processes import kill
 from ssld.rundir import RunDirectory
 from ssld.train.networks import use_device
 from ssld.train.ranks import Meeting
+from ssld.watch import watch
 
 
 class Boss:
@@ -84,13 +86,22 @@ def follow(directory: Path, ranks: Ranks, boss: Boss) -> None:
             node.kind.run(inputs.task(node, reached))
 
 
+def end(error: StallError, boss: Boss) -> None:
+    """End the process, after rank 0 was told why."""
+    boss.tell(error=type(error).__name__, message=str(error))
+    kill()
+    os._exit(error.exit_code)
+
+
 def main() -> int:
     """Ends with the code of the error that it met, which rank 0 was told."""
     number, count, connection, memory = map(int, sys.argv[2:])
     boss = Boss()
     try:
         meeting = Meeting(number, [socket.socket(fileno=connection)], os.fdopen(memory, "r+b"))
-        follow(Path(sys.argv[1]), Ranks(number, count, meeting), boss)
+        directory = Path(sys.argv[1])
+        with watch.on(RunDirectory(directory).options().stall_timeout, lambda error: end(error, boss)):
+            follow(directory, Ranks(number, count, meeting), boss)
     except (Interrupted, RankError) as error:
         # rank 0 knows of the signal, and meets what all ranks have met
         return error.exit_code

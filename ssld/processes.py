@@ -6,9 +6,12 @@ import os
 import signal
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
+
+_started: weakref.WeakSet[subprocess.Popen[Any]] = weakref.WeakSet()
 
 
 def start(
@@ -20,7 +23,7 @@ def start(
     SIGTERM: a signal to the whole group is for this process to act upon.
     """
     with _deaf():
-        return subprocess.Popen(
+        process = subprocess.Popen(
             # -P: what lies in the current directory is not to be imported
             [sys.executable, "-P", "-m", module, *words],
             stdin=subprocess.PIPE,
@@ -29,6 +32,17 @@ def start(
             pass_fds=pass_fds,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path), **env},
         )
+    _started.add(process)
+    return process
+
+
+def kill() -> None:
+    """End all that were started here and still run, before this process ends without a word to them.
+
+    They would end by themselves, but for one that stands still.
+    """
+    for process in tuple(_started):
+        process.kill()
 
 
 @contextmanager

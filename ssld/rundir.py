@@ -26,6 +26,7 @@ from ssld.environment import environment
 from ssld.errors import CheckpointError, OutputError, StorageError
 from ssld.files import disk, move, reported, sweep, writable, write_atomic
 from ssld.graph import Node
+from ssld.watch import watch
 
 LABELS = "labels.store"
 OWN = ("recipe.yaml", "run.json", "run.lock", "train.log", "metrics.jsonl", LABELS)
@@ -40,6 +41,8 @@ class Options:
     limit: int | None = None
     trust_teacher: bool = False
     nproc: int = 1
+    stall_timeout: float = 600.0
+    """Seconds that an image, a teacher's answer, a step or a save may take; 0 for any time."""
 
 
 @dataclass(frozen=True)
@@ -117,12 +120,12 @@ class RunDirectory:
             ) from error
         return recipe.read_recipe(self.path / "recipe.yaml"), options
 
-    def ranks(self) -> int:
-        """How many ranks the run has had; one where there is no run, or none whose options can be read."""
+    def options(self) -> Options:
+        """Those with which the run began; the defaults where there is none, or none whose options can be read."""
         try:
-            return self.recorded()[1].nproc if self.exists() else 1
+            return self.recorded()[1] if self.exists() else Options()
         except CheckpointError:
-            return 1
+            return Options()
 
     def labels(self, node: Node) -> Path:
         """Where the soft labels of a stage are kept."""
@@ -160,24 +163,22 @@ class RunDirectory:
                 f"cannot write step {state.step} of {node.name}: expected the run in {self.path}, got none: it was "
                 "removed or moved meanwhile; go on from where it is now with ssld resume --out DIR"
             )
-        checkpoint.save(
-            self.stage(node),
-            state.step,
-            {"student": state.weights, "optimizer": state.optimizer},
-            {
-                "stage": node.name,
-                "fingerprint": node.fingerprint,
-                "basis": node.basis,
-                "teacher": task.soft.fingerprint if task.soft else None,
-                "labels": task.soft.files if task.soft else "",
-                "finished": metrics is not None,
-                "metrics": metrics or {},
-                "facts": dict(state.facts),
-                "model": model_to_json(task.model),
-                "environment": environment(),
-            },
-        )
-        self.tidy(node, state.step, state.facts)
+        facts = {
+            "stage": node.name,
+            "fingerprint": node.fingerprint,
+            "basis": node.basis,
+            "teacher": task.soft.fingerprint if task.soft else None,
+            "labels": task.soft.files if task.soft else "",
+            "finished": metrics is not None,
+            "metrics": metrics or {},
+            "facts": dict(state.facts),
+            "model": model_to_json(task.model),
+            "environment": environment(),
+        }
+        with watch.awaiting(lambda: f"step {state.step} to be written to {self.stage(node)}"):
+            tensors = {"student": state.weights, "optimizer": state.optimizer}
+            checkpoint.save(self.stage(node), state.step, tensors, facts)
+            self.tidy(node, state.step, state.facts)
 
     def tidy(self, node: Node, step: int, facts: Mapping[str, Any]) -> None:
         """Point `latest` and `best` to where they belong after step `step`, and remove what need not stay.

@@ -21,6 +21,7 @@ from ssld.data.rendering import Renderer, Views, Work, render
 from ssld.data.transforms import Pipeline
 from ssld.errors import DataError
 from ssld.threads import decoders, share
+from ssld.watch import watch
 
 if TYPE_CHECKING:
     from ssld.data.samples import Samples
@@ -238,12 +239,14 @@ class _Loader:
         return _Loaded(index, found, tuple(damaged))
 
     def _rendered(self, wanted: Sequence[tuple[_Request, int]]) -> list[Views | DataError]:
-        # a shard that cannot be read is no damaged image, and stops the run by its name
-        works = [
-            Work(self.samples.read(index), self.samples.key(index), request.seed, request.views)
-            for request, index in wanted
-        ]
-        return [render(self.pipelines, work) for work in works] if self.alone else renderer(self.pipelines, works)
+        with watch.awaiting(lambda: f"the images from {self.samples.where(wanted[0][1])} on to be read"):
+            # a shard that cannot be read is no damaged image, and stops the run by its name
+            works = [
+                Work(self.samples.read(index), self.samples.key(index), request.seed, request.views)
+                for request, index in wanted
+            ]
+        with watch.awaiting(lambda: f"the images from {self.samples.where(wanted[0][1])} on to be decoded"):
+            return [render(self.pipelines, work) for work in works] if self.alone else renderer(self.pipelines, works)
 
 
 def _distinct(pipelines: tuple[Pipeline, ...]) -> tuple[tuple[Pipeline, ...], tuple[int, ...]]:

@@ -16,6 +16,7 @@ from ssld.data.transforms import Pipeline, center, normalize
 from ssld.errors import SsldError, TeacherError
 from ssld.metrics import best_class, wilson
 from ssld.teaching.ensemble import average
+from ssld.watch import watch
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,8 @@ def ask(teacher: Teacher, images: np.ndarray, classes: int, who: str, names: Seq
     itself raises.
     """
     try:
-        logits = teacher.predict(prepare(images, teacher.spec))
+        with watch.awaiting(lambda: f"an answer of {who} about {len(images)} images from {names[0]} on"):
+            logits = teacher.predict(prepare(images, teacher.spec))
     except SsldError:
         raise
     except Exception as error:

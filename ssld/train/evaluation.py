@@ -16,6 +16,7 @@ from ssld.errors import DataError
 from ssld.metrics import compared, means, places
 from ssld.threads import cores, decoders
 from ssld.train.frozen import Frozen
+from ssld.watch import watch
 
 BATCH = 64
 
@@ -79,7 +80,8 @@ def answers(
     batches = evaluation_batches(samples, pipeline, batch_size=BATCH, workers=workers, damage=damage)
     with closing(batches):
         for batch in batches:
-            logits = frozen(normalize(batch.images[0], pipeline.mean, pipeline.std))
+            with watch.awaiting(lambda: f"a student's logits of {samples.name}"):
+                logits = frozen(normalize(batch.images[0], pipeline.mean, pipeline.std))
             broken = np.isnan(logits).any(axis=1)
             if broken.any():
                 raise DataError(

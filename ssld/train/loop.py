@@ -25,6 +25,7 @@ from ssld.train.exchange import Exchange
 from ssld.train.feed import Target, feed
 from ssld.train.momentum import Momentum
 from ssld.train.schedules import cosine_warmup
+from ssld.watch import watch
 
 Objective = Callable[[paddle.Tensor, Target], paddle.Tensor]
 SAVE_EVERY_SECONDS = 180.0
@@ -120,10 +121,11 @@ class Descent:
         """One step; returns the mean loss of the whole batch, and the signal at which to stop. Raises DataError."""
         task = self.task
         paddle.seed(derive(task.seed, "step", target.step, task.ranks.number))
-        losses = self.objective(self.network(paddle.to_tensor(target.images)), target)
-        # a rank's share of the mean over the whole batch
-        share = losses.sum() / task.settings.batch_size
-        share.backward()
+        with watch.awaiting(lambda: f"step {target.step + 1} of {task.name} to be computed"):
+            losses = self.objective(self.network(paddle.to_tensor(target.images)), target)
+            # a rank's share of the mean over the whole batch
+            share = losses.sum() / task.settings.batch_size
+            share.backward()
         loss, stop = self.exchange(float(share), task.stop())
         if not np.isfinite(loss):
             raise DataError(

@@ -14,6 +14,7 @@ from typing import IO
 import numpy as np
 
 from ssld.errors import RankError
+from ssld.watch import watch
 
 WORD = 8
 """Bytes."""
@@ -43,7 +44,9 @@ class Meeting:
             [leader] = self._lines
             self._say(leader, word)
             return self._hear(leader) == SAME
-        same = all([self._hear(line) == word for line in self._lines])
+        # the others wait for rank 0 as long as it takes, for it evaluates and saves alone
+        with watch.awaiting(lambda: "the other ranks to take part in the next step"):
+            same = all([self._hear(line) == word for line in self._lines])
         for line in self._lines:
             self._say(line, SAME if same else OTHER)
         return same

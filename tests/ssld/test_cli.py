@@ -89,7 +89,10 @@ def documented_codes():
         ("CheckpointError", 65),
         ("LabelError", 65),
         ("TeacherError", 65),
+        ("StallError", 69),
         ("PluginError", 70),
+        ("ProcessError", 71),
+        ("RankError", 71),
         ("OutputError", 73),
         ("StorageError", 74),
         ("BusyError", 75),
@@ -139,6 +142,7 @@ def test_a_defect_keeps_its_traceback(call, monkeypatch):
                     "rerun": False,
                     "trust_teacher": False,
                     "nproc": None,
+                    "stall_timeout": None,
                 },
             ),
         ),
@@ -160,6 +164,8 @@ def test_a_defect_keeps_its_traceback(call, monkeypatch):
                 "distill",
                 "--rerun",
                 "--trust-teacher",
+                "--stall-timeout",
+                "90",
                 "--nproc",
                 "4",
             ],
@@ -173,11 +179,15 @@ def test_a_defect_keeps_its_traceback(call, monkeypatch):
                     "rerun": True,
                     "trust_teacher": True,
                     "nproc": 4,
+                    "stall_timeout": 90.0,
                 },
             ),
         ),
-        (["resume"], ((None,), {"stage": None, "nproc": None})),
-        (["resume", "--stage", "2", "--out", "o", "--nproc", "3"], ((Path("o"),), {"stage": "2", "nproc": 3})),
+        (["resume"], ((None,), {"stage": None, "nproc": None, "stall_timeout": None})),
+        (
+            ["resume", "--stage", "2", "--out", "o", "--nproc", "3", "--stall-timeout", "0"],
+            ((Path("o"),), {"stage": "2", "nproc": 3, "stall_timeout": 0.0}),
+        ),
     ],
 )
 def test_words_become_calls(call, monkeypatch, words, expected):
@@ -195,10 +205,20 @@ def test_words_become_calls(call, monkeypatch, words, expected):
 @pytest.mark.parametrize(
     ("words", "given"),
     [
-        ([], {"stage": None, "part": (1, 1), "device": "cpu", "limit": None, "trust_teacher": False}),
+        (
+            [],
+            {
+                "stage": None,
+                "part": (1, 1),
+                "device": "cpu",
+                "limit": None,
+                "trust_teacher": False,
+                "stall_timeout": None,
+            },
+        ),
         (
             ["--stage", "2", "--part", "3/10", "--device", "gpu", "--limit", "5", "--trust-teacher"],
-            {"stage": "2", "part": (3, 10), "device": "gpu", "limit": 5, "trust_teacher": True},
+            {"stage": "2", "part": (3, 10), "device": "gpu", "limit": 5, "trust_teacher": True, "stall_timeout": None},
         ),
     ],
 )
