@@ -459,6 +459,15 @@ def test_an_archive_that_is_a_bomb_is_refused_before_it_is_unpacked(
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.xfail(strict=True, reason="datasets.numbered_classes lists all labels below the largest")
+def test_a_label_of_a_billion_takes_no_memory(outside: Path) -> None:
+    for name in "ab":
+        Path(f"{name}.png").write_bytes(png())
+    Path("list.txt").write_text("a.png 999999999\nb.png 0\n")
+    done = bounded(*planned(data={name: "list.txt" for name in ("unlabeled", "labeled", "validation")}))
+    assert done.returncode in REFUSED, done.stderr
+
+
 def test_an_index_that_is_a_bomb_is_passed_over(outside: Path) -> None:
     done = bounded(*planned(**sidecar()))
     assert (done.returncode, done.stderr) == (0, "")
