@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
@@ -24,10 +25,37 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
+class _Screen:
+    """Standard error as a file that takes everything: a reader that is gone or a full disk ends no run."""
+
+    def write(self, text: str) -> int:
+        with suppress(OSError, AttributeError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError, AttributeError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    @property
+    def _stream(self) -> IO[str]:
+        """None where it was closed before the start; below a live display, which puts itself in its place."""
+        stream: IO[str] = getattr(sys.stderr, "rich_proxied_file", sys.stderr)
+        return stream
+
+
+def screen() -> Console:
+    """The screen: standard error, and no error where it cannot be written."""
+    return Console(file=cast(IO[str], _Screen()), highlight=False)
+
+
 @contextmanager
 def counting(what: str) -> Iterator[Callable[[int, int], None]]:
     """Progress of a command that counts: yields a function of (done, total). A bar on a terminal, else a few lines."""
-    console = Console(stderr=True, highlight=False)
+    console = screen()
     with bar(console) as progress:
         task = progress.add_task(what, detail="") if progress else None
         last = time.monotonic()
@@ -59,29 +87,36 @@ class Journal:
     """
 
     def __init__(self, directory: Path | None, console: Console | None = None) -> None:
-        self.console = console or Console(stderr=True, highlight=False)
-        log, metrics = (directory / name if directory else Path(os.devnull) for name in ("train.log", "metrics.jsonl"))
-        self.log: IO[str] = log.open("a", encoding="utf-8")
-        self.metrics: IO[str] = metrics.open("a", encoding="utf-8")
+        self.console = console or screen()
         self.place = ""
         self.lost = False
+        log, metrics = (directory / name if directory else Path(os.devnull) for name in ("train.log", "metrics.jsonl"))
+        self.log, self.metrics = self._open(log), self._open(metrics)
 
     def close(self) -> None:
         for file in (self.log, self.metrics):
-            self._kept(file.close)
+            with self._kept(file.name):
+                file.close()
 
-    def _kept(self, write: Callable[[], object]) -> None:
+    def _open(self, path: Path) -> IO[str]:
+        with self._kept(str(path)):
+            return path.open("a", encoding="utf-8")
+        return open(os.devnull, "a", encoding="utf-8")
+
+    @contextmanager
+    def _kept(self, name: str) -> Iterator[None]:
         """A log that cannot be written costs no weights: it is said once, and the next checkpoint finds a full disk."""
         try:
-            write()
+            yield
         except OSError as error:
             if not self.lost:
-                self.console.print(f"warning: {self.log.name}: lines are lost: {error.strerror}", markup=False)
+                self.console.print(f"warning: {name}: lines are lost: {error.strerror}", markup=False, soft_wrap=True)
             self.lost = True
 
     def _append(self, file: IO[str], line: str) -> None:
-        self._kept(lambda: file.write(line + "\n"))
-        self._kept(file.flush)
+        with self._kept(file.name):
+            file.write(line + "\n")
+            file.flush()
 
     def detail(self, text: str) -> None:
         """Lines for people who look into train.log."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
 import re
+import sys
 from contextlib import contextmanager
 
 import pytest
@@ -208,3 +211,54 @@ def test_counting_says_a_line_every_few_seconds(clock, capsys):
         advance(9, 9)
     out, err = capsys.readouterr()
     assert (out, err) == ("", "packing: 2 of 9\npacking: 9 of 9\n")
+
+
+# Where it cannot be written -------------------------------------------------------------------------------------------
+
+
+class Broken(io.StringIO):
+    """A reader that is gone, or a full disk."""
+
+    def __init__(self, code):
+        super().__init__()
+        self.code = code
+
+    def write(self, text):
+        raise OSError(self.code, os.strerror(self.code))
+
+
+@pytest.mark.parametrize("code", [errno.EPIPE, errno.ENOSPC, errno.EIO, None])
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_screen_that_cannot_be_written_costs_nothing(journal, tmp_path, clock, monkeypatch, code, terminal):
+    everything(journal, clock)
+    whole = (tmp_path / "train.log").read_text()
+    stderr = None if code is None else Broken(code)
+    if stderr is not None:
+        stderr.isatty = lambda: terminal
+    monkeypatch.setattr(sys, "stderr", stderr)
+    broken = Journal(tmp_path)
+    broken.place = journal.place
+    assert broken.console.is_terminal == (terminal and code is not None)
+    everything(broken, clock)
+    broken.close()
+    lines = [line[20:] for line in (tmp_path / "train.log").read_text().splitlines()]
+    assert lines == [line[20:] for line in whole.splitlines()] * 2
+
+
+def test_the_screen_is_what_standard_error_is_at_the_time(tmp_path, capsys):
+    journal = Journal(tmp_path)
+    journal.note("a line")
+    assert capsys.readouterr() == ("", "a line\n")
+    journal.close()
+
+
+@pytest.mark.parametrize("name", ["train.log", "metrics.jsonl"])
+def test_a_log_that_cannot_be_opened_is_said_once(tmp_path, screen, name):
+    (tmp_path / name).mkdir()
+    journal = Journal(tmp_path, Console(file=screen, width=40))
+    journal.note("a line")
+    journal.record("start")
+    journal.close()
+    assert screen.getvalue() == f"warning: {tmp_path / name}: lines are lost: Is a directory\na line\n"
+    (other,) = {"train.log", "metrics.jsonl"} - {name}
+    assert (tmp_path / other).stat().st_size > 0
