@@ -31,6 +31,8 @@ ABANDONED = 3600.0
 
 _MAGIC = b"ssld index 1\n"
 _BLOCK = 512
+_RECORD = 20 * _BLOCK
+"""What tar, tarfile and webdataset fill the end of a tar up to."""
 _LABEL = re.compile(rb"\s*(\d{1,9})\s*", re.ASCII)
 _MAX_LABEL = 10**9 - 1
 
@@ -320,16 +322,16 @@ def _check_whole(path: Path, shard: BinaryIO, length: int) -> None:
 def _check_tail(path: Path, shard: BinaryIO, end: int, length: int) -> None:
     # tarfile takes a damaged header for the end of the archive, and so loses what follows without a word
     shard.seek(end)
-    if shard.read(1 << 20).strip(b"\0") or length - end > 1 << 20:
+    if shard.read(_RECORD + _BLOCK).strip(b"\0") or length - end > _RECORD + _BLOCK:
         raise DataError(
-            f"{path}: expected nothing after the last member at byte {end}, got {length - end} bytes more; "
-            "a header is damaged, or two tars were joined: copy it again, or write it anew with `ssld pack`"
+            f"{path}: expected nothing after the last member at byte {end}, got {length - end} bytes more; a header "
+            "is damaged, a copy broke off, or two tars were joined: copy it again, or write it anew with `ssld pack`"
         )
 
 
 def _samples(path: Path, shard: BinaryIO, tar: tarfile.TarFile) -> Iterator[tuple[bytes, int, int, int]]:
     seen: set[str] = set()
-    for key, group in groupby(_members(tar), key=lambda member: split_name(member.name)[0]):
+    for key, group in groupby(_members(path, tar), key=lambda member: split_name(member.name)[0]):
         if key in seen:
             raise DataError(
                 f"{path.name}: {key}: expected the members of a sample side by side, got this key a second time; "
@@ -339,9 +341,11 @@ def _samples(path: Path, shard: BinaryIO, tar: tarfile.TarFile) -> Iterator[tupl
         yield _sample(f"{path.name}: {key}", shard, list(group))
 
 
-def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+def _members(path: Path, tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     for member in iter(tar.next, None):
         tar.members = []  # type: ignore[attr-defined]  # tarfile would keep every header it has seen
+        if member.issparse():
+            raise DataError(f"{path}: {member.name}: expected a whole file, got one with holes; pack without --sparse")
         if member.isreg() and all(split_name(member.name)):
             yield member
 
