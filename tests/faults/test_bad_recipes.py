@@ -726,8 +726,8 @@ def deep(rng: np.random.Generator, tree: dict[str, Any]) -> Mutant:
     """Nested beyond all sense, up to 200,000 levels."""
     lines = lines_of(tree)
     unit = pick(rng, ("[", "{a: ", "- ", "? ", "[[", "{[", "? - "))
-    times = pick(rng, (60, 1_000, 200_000 // len(unit)))
-    close = pick(rng, ("", "]" * times if set(unit) == {"["} else ""))
+    times = pick(rng, (60, 1_000, 100_000 // len(unit), 200_000 // len(unit)))
+    close = "]" * times if set(unit) == {"["} and times * len(unit) <= 100_000 and rng.integers(2) else ""
     return Mutant(put(lines, len(lines), "x: " + unit * times + close), lines=(len(lines) + 1, len(lines) + 2))
 
 
