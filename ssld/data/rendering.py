@@ -23,6 +23,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from ssld import memory
 from ssld.data.images import decode
 from ssld.data.transforms import Pipeline
 from ssld.errors import DataError, ProcessError, SsldError
@@ -174,6 +175,7 @@ def serve(wanted: BinaryIO, out: BinaryIO) -> None:
 
 def main() -> None:
     """Whatever else is printed goes where it does no harm."""
+    memory.keep()
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     # nobody is left to answer to

@@ -10,13 +10,12 @@ import paddle
 from paddle import nn
 from paddle.base import core
 
-from ssld import plugins, threads
+from ssld import memory, plugins, threads
 from ssld.checkpoint import fit_weights
 from ssld.contracts import Arrays, Model, Task
 from ssld.errors import PluginError, RecipeError
 from ssld.seeds import derive
 from ssld.settings import TrainingSettings
-from ssld.train import memory
 
 
 def build(name: str, options: Mapping[str, Any], classes: int, seed: int = 0) -> nn.Layer:

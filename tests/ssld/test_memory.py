@@ -12,7 +12,7 @@ import pytest
 SCRIPT = """
 import resource, sys
 import numpy as np
-from ssld.train import memory
+from ssld import memory
 
 if sys.argv[1] == "kept":
     memory.keep()
