@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -29,22 +30,32 @@ class _Screen:
     """Standard error as a file that takes everything: a reader that is gone or a full disk ends no run."""
 
     def write(self, text: str) -> int:
-        with suppress(OSError, AttributeError):
-            self._stream.write(text)
+        with self._kept() as stream:
+            stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        with suppress(OSError, AttributeError):
-            self._stream.flush()
+        with self._kept() as stream:
+            stream.flush()
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
+        return getattr(_stderr(), name)
 
-    @property
-    def _stream(self) -> IO[str]:
-        """None where it was closed before the start; below a live display, which puts itself in its place."""
-        stream: IO[str] = getattr(sys.stderr, "rich_proxied_file", sys.stderr)
-        return stream
+    @contextmanager
+    def _kept(self) -> Iterator[IO[str]]:
+        stream = _stderr()
+        try:
+            yield stream
+        except OSError:
+            # what the stream still holds is tried again at the end of the process, and would change its exit code
+            with suppress(OSError), open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), stream.fileno())
+
+
+def _stderr() -> IO[str]:
+    """What is below a live display, which puts itself in the place of standard error; closed by a shell it is None."""
+    stream: IO[str] | None = getattr(sys.stderr, "rich_proxied_file", sys.stderr)
+    return io.StringIO() if stream is None else stream
 
 
 def screen() -> Console:
