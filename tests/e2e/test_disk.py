@@ -57,7 +57,7 @@ DISTILL = f"""\
     labels: {{views: 1, top_k: 2, store: store}}
 """
 RUN = ("run", "small.yaml", "--out", "run")
-RARELY = ("-o", "stages.teach.save_steps=10")
+RARELY = ("-o", "stages.teach.save_steps=4")
 
 
 def write_shard(path: Path, seed: int) -> None:
@@ -129,7 +129,7 @@ def test_a_limit_of_the_size_of_files_ends_a_run_that_goes_on_without_it(small, 
 
 def test_a_run_that_is_moved_stops_and_goes_on_where_it_is(small):
     run, moved = small.folder / "deep" / "er" / "run", small.folder / "moved"
-    process = small.start("run", "small.yaml", "--out", run, "-o", "stages.teach.epochs=30", *RARELY)
+    process = small.start("run", "small.yaml", "--out", run, "-o", "stages.teach.epochs=12", *RARELY)
     small.until((run / "teach" / "latest").exists, process)
     run.rename(moved)
     stopped = small.wait(process, 74)
@@ -166,10 +166,9 @@ def test_ranks_share_nothing_by_shared_memory_that_may_be_short(small, trained):
 # Streams that take no more --------------------------------------------------------------------------------------------
 
 
-# of the three, only the reader that is gone is missed at the end, when there is a table to be shown
-@pytest.mark.parametrize(("streams", "code"), [("2>/dev/full", 0), ("2>&1 | head -n 1", 1), (">&- 2>&- <&-", 0)])
-def test_a_screen_that_is_gone_costs_no_weights(small, trained, streams, code):
-    shell(small, f"set -o pipefail; ssld {' '.join(RUN)} {streams}", code)
+@pytest.mark.parametrize("streams", ["2>/dev/full", ">&- 2>&- <&-"])
+def test_a_screen_that_is_gone_costs_no_weights(small, trained, streams):
+    shell(small, f"ssld {' '.join(RUN)} {streams}")
     assert small.weights(small.folder / "run") == trained.weights
 
 
