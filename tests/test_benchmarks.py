@@ -172,12 +172,7 @@ def test_a_row_holds_a_positive_figure_with_its_unit_and_a_ratio_to_something(fo
     assert len({row["name"] for row in found}) == len(found)
 
 
-renamed = pytest.mark.xfail(strict=True, reason="the document has rows under the names of an earlier commit")
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[renamed] if name in ("decoding", "epoch") else []) for name in ROWS]
-)
+@pytest.mark.parametrize("name", ROWS)
 def test_a_row_is_named_as_the_document_has_it(found):
     rows = {tuple(kind(row[key]) for key in ("name", "unit", "to", "asked")) for row in found}
     assert rows - documented() == set()
