@@ -109,11 +109,11 @@ def numbered_classes(sources: Mapping[str, Samples], labels: Mapping[str, np.nda
     """0, 1, 2, … where no source names its classes. Raises DataError for a number that no image has: a slip, mostly."""
     name = max(labels, key=lambda name: int(labels[name].max()))
     seen = np.unique(np.concatenate(list(labels.values())))
-    missing = np.setdiff1d(np.arange(seen[-1]), seen)
-    if len(missing):
+    gaps = np.flatnonzero(seen != np.arange(len(seen)))
+    if len(gaps):
         raise DataError(
             f"data.{name}: expected labels without gaps, got {seen[-1]} for "
-            f"{sources[name].where(int(labels[name].argmax()))} and none for {missing[0]}; correct the label, or name "
+            f"{sources[name].where(int(labels[name].argmax()))} and none for {gaps[0]}; correct the label, or name "
             f"the classes of the sources by classes: FILE"
         )
     return tuple(str(label) for label in range(len(seen)))

@@ -348,6 +348,8 @@ def _entries(path: Path) -> dict[str, Entry]:
         entries = {name: Entry(entry["size"], entry["sha256"]) for name, entry in files.items()}
         if _manifest(entries) != data:
             raise ValueError("its own sha256 does not match")
+        if strange := [name for name in entries if name != Path(name).name or "\0" in name]:
+            raise ValueError(f"it names {strange[0]!r}, which is no file of the directory")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: {error}; restore it from a copy or delete {path.parent}") from error
     return entries

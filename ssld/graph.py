@@ -238,6 +238,9 @@ def tensors_of(teacher: TeacherSetting) -> list[Path]:
 
 def file_identity(path: Path, place: str) -> str:
     """sha256 of a file that a teacher or a stage is made of."""
+    if path.exists() and not path.is_file():
+        # a device or a named pipe would be read for ever
+        raise RecipeError(f"{place}: expected a file, got {path}, which is none; check the path")
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

@@ -114,7 +114,7 @@ class RunDirectory:
         """The recipe and options with which this run began."""
         try:
             options = Options(**json.loads((self.path / "run.json").read_text()))
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             raise CheckpointError(
                 f"{self.path / 'run.json'}: expected the options of the run, got {error}; start it again with ssld run"
             ) from error
@@ -203,7 +203,7 @@ class RunDirectory:
             found = json.loads((self.path / "test.json").read_text())
             known = (found["stage"], found["test"]) == (node.fingerprint, test)
             return {name: float(value) for name, value in found["metrics"].items()} if known else None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return None
 
     def keep_tested(self, node: Node, test: str, metrics: Mapping[str, float]) -> None:
@@ -239,8 +239,14 @@ def state_of(found: checkpoint.Checkpoint) -> State:
 
 
 def result_of(found: checkpoint.Checkpoint) -> tuple[Model, dict[str, Any]]:
-    """A finished stage's model and weights."""
-    return model_from_json(found.state["model"]), found.tensors("student")
+    """A finished stage's model and weights. Raises CheckpointError for a state that no stage has written."""
+    try:
+        model = model_from_json(found.state["model"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"{found.path}: expected the state of a stage, got one whose model is none ({error!r}); restore it"
+        ) from error
+    return model, found.tensors("student")
 
 
 def model_to_json(model: Model) -> dict[str, Any]:

@@ -27,9 +27,10 @@ def score(path: Path, data: str, device: str = "cpu") -> tuple[int, dict[str, fl
         )
     steps = checkpoint.steps(path)
     found = checkpoint.load(checkpoint.directory(path, steps[-1]) if steps else path)
+    classes = result_of(found)[0].classes
     samples = open_source(data, labeled=True)
     if samples.classes is not None:
-        same_classes(tuple(found.state["model"]["classes"]), samples.classes, str(path), data)
+        same_classes(classes, samples.classes, str(path), data)
     return len(samples), score_checkpoint(found, samples, device)
 
 

@@ -13,6 +13,9 @@ from ssld.files import disk, reported
 from ssld.labels.format import decode
 from ssld.labels.store import DESCRIPTION, FORMAT, SUFFIX
 
+SHOWN = {"transform": dict, "views": int, "top_k": int, "temperature": int | float}
+"""What `ssld labels info` tells of a description, and what each is."""
+
 
 @dataclass(frozen=True)
 class Kept:
@@ -75,6 +78,10 @@ def _open(directory: Path) -> Kept:
             raise ValueError(f"no JSON object: {about!r}")
         if about.get("format") != FORMAT:
             raise ValueError(f"format {about.get('format')}, where this version reads {FORMAT}")
-    except (OSError, ValueError) as error:
+        if strange := [name for name, kind in SHOWN.items() if not isinstance(about.get(name), kind)]:
+            raise ValueError(f"{strange[0]} {about.get(strange[0])!r}")
+        if not about["transform"].keys() >= {"size", "steps"}:
+            raise ValueError(f"a transform of {', '.join(about['transform']) or 'nothing'}")
+    except (OSError, ValueError, RecursionError) as error:
         raise LabelError(f"{directory / DESCRIPTION}: expected the description of the labels, got: {error}") from error
     return Kept(directory, about, tuple(sorted(directory.glob(f"*{SUFFIX}"))))
