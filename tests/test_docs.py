@@ -1,4 +1,4 @@
-"""Every `ssld …` command that is written down is one that the command line takes."""
+"""Every `ssld …` command that is written down is one that the command line takes, and every exit code is explained."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 import click
 import pytest
 
+from ssld import errors
 from ssld.cli import main
 
 ROOT = Path(__file__).parents[1]
@@ -95,6 +96,20 @@ def test_every_command_shows_an_example_of_itself() -> None:
         calls = [call for line in (command.help or "").splitlines() for call in ssld_calls(line)]
         assert calls, f"ssld {' '.join(words)} --help shows no example"
         assert {call[: len(words)] for call in calls} == {words}
+
+
+def exit_codes() -> set[int]:
+    """Those of all errors, and of an end by a signal after the state was saved."""
+    known = [errors.SsldError]
+    for kind in known:
+        known += kind.__subclasses__()
+    return {0, 130, 143, *(kind.exit_code for kind in known)}
+
+
+def test_the_readme_has_every_exit_code_once_in_order() -> None:
+    rows = re.findall(r"^\| (\d+(?:, \d+)*) \|", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE)
+    told = [int(code) for row in rows for code in row.split(", ")]
+    assert told == sorted(exit_codes())
 
 
 def test_ci_installs_and_tests_as_the_readme_says() -> None:
