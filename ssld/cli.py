@@ -1,10 +1,9 @@
-"""The command line: words to calls, and every SsldError to one message and its exit code."""
+"""The command line: words to calls."""
 
 from __future__ import annotations
 
 import json
-import signal
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import click
 
 import ssld
 from ssld.errors import LabelError, SsldError
+from ssld.terminal import Commands, plain, show
 
 RECIPE_OPTIONS = (
     click.argument("recipe"),
@@ -34,21 +34,6 @@ STALL = click.option(
 )
 
 
-class Commands(click.Group):
-    """Shows an SsldError as one message and ends with its exit code; a defect of ssld keeps its traceback."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except SsldError as error:
-            for line in (f"Error: {error}", *getattr(error, "__notes__", ())):
-                click.echo(plain(line), err=True)
-            ctx.exit(error.exit_code)
-        except KeyboardInterrupt:
-            click.echo("Error: interrupted; nothing that was committed is lost", err=True)
-            ctx.exit(128 + signal.SIGINT)
-
-
 def part_of(context: click.Context, option: click.Parameter, value: str) -> tuple[int, int]:
     """I/N as two numbers."""
     number, slash, of = value.partition("/")
@@ -62,23 +47,6 @@ def with_recipe(command: Callable[..., None]) -> Callable[..., None]:
     for option in reversed(RECIPE_OPTIONS):
         command = option(command)
     return command
-
-
-def plain(text: str) -> str:
-    """The text with escapes for what a terminal would act upon, since names in it are whatever the data say.
-
-    >>> plain("\x1b[2Jcät")
-    '\\\\x1b[2Jcät'
-    """
-    return "".join(char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in text)
-
-
-def show(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """A table on standard output, columns padded, nothing cut off."""
-    lines = [tuple(header), *(tuple(map(plain, row)) for row in rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-    for line in lines:
-        click.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

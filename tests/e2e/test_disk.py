@@ -178,19 +178,16 @@ def test_a_reader_that_wants_no_more_is_no_fault(small, copy):
     assert done.err == "run\n"
 
 
-@pytest.mark.xfail(strict=True, reason="a full disk behind standard output is a traceback")
 def test_a_table_that_cannot_be_written_is_said(small, copy):
     failed = shell(small, "ssld status run >/dev/full", 74)
     assert "Error: cannot write standard output: No space left on device" in failed.err
 
 
-@pytest.mark.xfail(strict=True, reason="a full disk behind standard error changes the exit code")
 def test_a_message_that_cannot_be_written_leaves_the_exit_code(small):
     shell(small, "ssld resume --out nowhere 2>/dev/full", 2)
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="only Linux says where descriptors lead")
-@pytest.mark.xfail(strict=True, reason="files of the run take the numbers of closed streams, to which libraries print")
 def test_closed_streams_lead_nowhere(small):
     script = f"exec ssld {' '.join(RUN)} -o stages.teach.epochs=40 >&- 2>&- <&-"
     process = small.start(program=("bash", "-c", script))
