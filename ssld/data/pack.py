@@ -6,6 +6,7 @@ import io
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -57,7 +58,7 @@ def pack(
         _write_sidecars(source, work, shards)
         _publish(work, out)
     except BaseException as error:
-        shutil.rmtree(out if is_new else work, ignore_errors=True)
+        _clear(out, is_new)
         if isinstance(error, OSError):
             raise StorageError(f"{out}: expected to write shards, got: {error}; free space or mend the disk") from error
         raise
@@ -163,3 +164,13 @@ def _publish(work: Path, out: Path) -> None:
         disk.replace(file, out / file.name)
     work.rmdir()
     disk.fsync_directory(out)
+    disk.fsync_directory(out.parent)
+
+
+def _clear(out: Path, is_new: bool) -> None:
+    """Leave what was there before: nothing, or an empty directory. What cannot be removed is not what is to be told."""
+    for entry in () if is_new else tuple(out.iterdir()):
+        with suppress(OSError):
+            disk.remove(entry)
+    if is_new:
+        shutil.rmtree(out, ignore_errors=True)

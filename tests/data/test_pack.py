@@ -14,6 +14,7 @@ from ssld.data.pack import PackReport, pack
 from ssld.data.samples import Samples
 from ssld.data.sources import open_source
 from ssld.errors import DataError, OutputError, RecipeError, StorageError
+from ssld.files import disk
 
 
 def encoded(value: int, format: str) -> bytes:
@@ -151,15 +152,17 @@ def test_only_an_empty_directory_is_written_to(tmp_path: Path, folder: Path) -> 
 
 
 @pytest.mark.parametrize("made_before", [False, True])
+@pytest.mark.parametrize("call", ["fsync", "fsync_directory"])
 def test_a_full_disk_leaves_nothing(
-    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, made_before: bool
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, made_before: bool, call: str
 ) -> None:
-    def full(_descriptor: int) -> None:
+    def full(_path: Path) -> None:
         raise OSError(28, "No space left on device")
 
     if made_before:
         (tmp_path / "out").mkdir()
-    monkeypatch.setattr(os, "fsync", full)
+    # at the first shard, or when all files have their names
+    monkeypatch.setattr(disk, call, full)
     with pytest.raises(StorageError, match=r"out: expected to write shards.*No space left"):
         pack(open_source(str(folder), labeled=True), tmp_path / "out")
     assert (tmp_path / "out").exists() == made_before
