@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -162,7 +163,8 @@ def label(
     stop, journal, again = Stop(), Journal(directory.path), "continue: the same ssld label again"
     try:
         seconds = directory.options().stall_timeout if stall_timeout is None else stall_timeout
-        with stop.listening(), watch.on(seconds, lambda error: end(error, journal, again)):
+        stalled = watch.on(seconds, lambda error: end(error, journal, again))
+        with stop.listening(), stalled, memory_named(again):
             use_device(device)
             options = Options(device, limit, trust_teacher)
             soft = Inputs.of(directory, plan, options, journal, lambda: stop.number).soft
@@ -188,6 +190,21 @@ def end(error: StallError, journal: Journal, onward: str) -> None:
     journal.note(onward)
     kill()
     os._exit(error.exit_code)
+
+
+@contextmanager
+def memory_named(onward: str) -> Iterator[None]:
+    """Raise a MemoryError, of numpy or of paddle, as SsldError: a run that wants too much is no defect of ours."""
+    try:
+        yield
+    except MemoryError as error:
+        said = str(error).strip().partition("\n")[0]
+        short = SsldError(
+            f"expected memory for what the recipe asks for, got none{f' ({said})' if said else ''}; lower batch_size, "
+            f"resolution or --nproc; what was saved stands"
+        )
+        short.add_note(onward)
+        raise short from error
 
 
 def keeping(plan: Plan, stage: str | int | None) -> list[Node]:
@@ -234,7 +251,8 @@ class Runner:
             self.directory.clear()
             journal = Journal(self.directory.path)
             try:
-                return self._run(journal, rerun, first, last)
+                with memory_named(self.onward):
+                    return self._run(journal, rerun, first, last)
             except SsldError as error:
                 if not isinstance(error, ChangedError):
                     journal.detail(f"Error: {error}")

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +25,8 @@ TINY = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("tiny.py"))
 STEPS = {"teach": 9, "distill": 12, "finetune": 9, "fixres": 9}
 """Epochs * images / batch size, rounded up; the pool has 48 images less one that is held out."""
 RUN = ("run", "tiny.yaml", "--trust-teacher")
+EVENTS = ("signal", "step", "decoding", "raised")
+"""In a trace, what is no phase."""
 TEMPORARY = re.compile(r"\.(tmp|del|new)-")
 
 
@@ -48,7 +51,7 @@ class Attempt:
 
     def at(self, place: int) -> str:
         """What it was at when that came, with the stage."""
-        events = [event for _, event in self.trace[:place] if not event.startswith(("signal", "step"))]
+        events = [event for _, event in self.trace[:place] if not event.startswith(EVENTS)]
         stages = [event for event in events if event in STEPS]
         inner = events[-1] if events[-1] in ("saving", "evaluating") else ""
         return f"{inner} {stages[-1]}".strip() if inner and stages else events[-1]
@@ -56,7 +59,8 @@ class Attempt:
     def times(self) -> dict[str, list[float]]:
         """How long each phase lasted, each time."""
         found: dict[str, list[float]] = {}
-        for (time, phase), (end, _) in zip(self.trace, self.trace[1:], strict=False):
+        phases = [entry for entry in self.trace if not entry[1].startswith(EVENTS)]
+        for (time, phase), (end, _) in pairwise(phases):
             found.setdefault(phase, []).append(end - time)
         return found
 
@@ -114,10 +118,10 @@ class Tries:
         if stage == "distill":
             shutil.rmtree(self.run / "labels.store")
 
-    def attempt(self, signals: list[dict[str, Any]], **request: Any) -> Attempt:
+    def attempt(self, signals: list[dict[str, Any]], *words: str, **request: Any) -> Attempt:
         """One more; nothing that it saved may be lost, and no process of it may live on."""
         before = self.reached()
-        attempt = self.forks(*RUN, "--until", self.until, signals=signals, **request)
+        attempt = self.forks(*RUN, "--until", self.until, *words, signals=signals, **request)
         self.history.append(f"{signals} -> {attempt.code} at {[attempt.at(place) for place in attempt.sent]}")
         assert not attempt.left, (attempt.left, self.history)
         self.expect_what_was_saved(before, attempt)
@@ -125,14 +129,13 @@ class Tries:
 
     def expect_what_was_saved(self, before: dict[str, int], attempt: Attempt) -> None:
         """Every save that had come back is there, and at most one more that had not, and little else."""
-        known, stage = dict(before), ""
-        saving = False
+        known, stage, saving, broken = dict(before), "", False, False
         for _, event in attempt.trace:
             stage = event if event in STEPS else stage
-            if saving and not event.startswith("signal"):
-                known[stage] += 1
-                saving = False
-            saving = saving or event == "saving"
+            if saving and not event.startswith(EVENTS):
+                known[stage] += not broken
+                saving = broken
+            saving, broken = saving or event == "saving", broken or (saving and event == "raised")
         reached = self.reached()
         for name, step in known.items():
             assert step <= reached[name] <= step + (saving and name == stage), (name, step, reached, self.history)
@@ -176,7 +179,7 @@ class Tries:
 
 
 def contents(run: Path) -> dict[str, str]:
-    """What every file and link of a run holds, less times, logs, and the name of who worked there last."""
+    """What every file and link of a run holds, less times, logs, patience, and who worked there last."""
     found = {}
     for path in sorted(run.rglob("*")):
         name = str(path.relative_to(run))
@@ -184,6 +187,10 @@ def contents(run: Path) -> dict[str, str]:
             found[name] = f"to {os.readlink(path)}"
         elif path.is_dir():
             found[name] = "folder"
+        elif path.name == "run.json":
+            options = json.loads(path.read_text())
+            options.pop("stall_timeout")
+            found[name] = json.dumps(options)
         elif path.name == "state.json":
             state = json.loads(path.read_text())
             state["state"]["facts"].pop("seconds")

@@ -8,7 +8,8 @@ thread is safe; there is no more than one here, which is checked each time.
  "signals": [{"number": 9, "phase": "saving", "nth": 2, "after": 0.01}]}
 
 phase, nth: where the child is at it for the nth time since its start, or since the signal before; at once when left
-out. after: seconds from there. change: one of CHANGES, made in the child.
+out. after: seconds from there. to: words of the command line of a process that the child has started; itself when left
+out. change: one of CHANGES, made in the child.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import select
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -39,8 +41,11 @@ from ssld.labels import store
 from ssld.train import compiling, evaluation, loop, networks
 
 STAGES = ("teach", "distill", "finetune", "fixres")
-PHASES = ("start", "preflight", "between", "labelling", *STAGES, "evaluating", "saving", "keeping", "step")
-"""Where a child can be; "start" and "between" are all that has no other name, "step" tells that one begins."""
+PHASES = ("start", "preflight", "between", "labelling", *STAGES, "evaluating", "saving", "keeping")
+"""Where a child can be; "start" and "between" are all that has no other name."""
+EVENTS = ("step", "decoding", "raised")
+"""What is told besides: a step begins, images are sent to a process that decodes, a phase ends by what was raised."""
+NAMES = (*PHASES, *EVENTS)
 LOOKS = 200
 """So many seconds without a word from a child mean that it hangs; those in which all stand still do not count."""
 
@@ -54,8 +59,18 @@ class Teller:
     def __init__(self, pipe: int) -> None:
         self.pipe, self.stack = pipe, ["start"]
 
-    def say(self, phase: str) -> None:
-        os.write(self.pipe, bytes([PHASES.index(phase)]))
+    def say(self, name: str) -> None:
+        os.write(self.pipe, bytes([NAMES.index(name)]))
+
+    def announce(self, where: Any, name: str, event: str) -> None:
+        """Let the method there tell that it begins, from whatever thread."""
+        inner = getattr(where, name)
+
+        def told(*arguments: Any) -> Any:
+            self.say(event)
+            return inner(*arguments)
+
+        setattr(where, name, told)
 
     @contextmanager
     def at(self, phase: str) -> Iterator[None]:
@@ -63,6 +78,9 @@ class Teller:
         self.say(phase)
         try:
             yield
+        except BaseException:
+            self.say("raised")
+            raise
         finally:
             self.stack.pop()
             if phase in STAGES:
@@ -87,14 +105,8 @@ def instrument(teller: Teller) -> None:
     teller.wrap(store.Store, "commit", lambda *_: "keeping")
     teller.wrap(rundir.RunDirectory, "save", lambda *_: "saving")
     teller.wrap(evaluation.Evaluator, "__call__", lambda *_: "evaluating")
-    descend = loop.Descent.__call__
-
-    def counted(self: Any, target: Any, rate: float) -> Any:
-        teller.say("step")
-        teller.say(teller.stack[-1])
-        return descend(self, target, rate)
-
-    loop.Descent.__call__ = counted
+    teller.announce(loop.Descent, "__call__", "step")
+    teller.announce(rendering._Process, "render", "decoding")
 
 
 def forget_statistics() -> None:
@@ -152,13 +164,14 @@ def write_slowly() -> None:
 
 
 def short_memory() -> None:
-    """No defect: a system that gives a training step no more memory, from the third on."""
+    """No defect: a system that has no memory for what the third step wants."""
     descend, steps = loop.Descent.__call__, iter(range(10**6))
 
     def short(self: Any, target: Any, rate: float) -> Any:
         if next(steps) == 2:
             have = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-            resource.setrlimit(resource.RLIMIT_AS, (have, have))
+            resource.setrlimit(resource.RLIMIT_AS, (have + 2**27, have + 2**27))
+            np.ones(2**28, np.float32)
         return descend(self, target, rate)
 
     loop.Descent.__call__ = short
@@ -214,9 +227,11 @@ def attempt(request: dict[str, Any], folder: str) -> dict[str, Any]:
     pid = os.fork()
     if pid == 0:
         os.close(ours)
-        code = 99
-        with suppress(BaseException):
+        code = 1
+        try:
             code = child(request, folder, theirs)
+        except BaseException:
+            traceback.print_exc()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -236,10 +251,10 @@ def attempt(request: dict[str, Any], folder: str) -> dict[str, Any]:
 
 def watch(pid: int, pipe: int, signals: list[dict[str, Any]], began: float) -> list[tuple[float, str]]:
     """What the child was at, by seconds since its start, until it has ended; the signals that were sent are in it."""
-    trace, counts = [(0.0, "start")], dict.fromkeys(PHASES, 0)
-    due, phase, looks = None, "start", 0
+    trace, counts = [(0.0, "start")], dict.fromkeys(NAMES, 0)
+    due, now, looks = None, "start", 0
     while True:
-        if due is None and signals and reached(signals[0], counts, phase):
+        if due is None and signals and reached(signals[0], counts, now):
             due = time.monotonic() + signals[0]["after"]
         wait = 1.0 if due is None else max(0.0, due - time.monotonic())
         if not select.select([pipe], [], [], min(1.0, wait))[0]:
@@ -249,27 +264,33 @@ def watch(pid: int, pipe: int, signals: list[dict[str, Any]], began: float) -> l
                 trace.append((time.monotonic() - began, "hang"))
             if due is not None and time.monotonic() >= due:
                 sent = signals.pop(0)
-                with suppress(ProcessLookupError):
-                    os.kill(pid, sent["number"])
+                for target in named(pid, sent["to"]) if "to" in sent else [pid]:
+                    with suppress(ProcessLookupError):
+                        os.kill(target, sent["number"])
                 trace.append((time.monotonic() - began, f"signal {sent['number']}"))
-                due, counts = None, dict.fromkeys(PHASES, 0)
+                due, counts = None, dict.fromkeys(NAMES, 0)
             continue
         told = os.read(pipe, 1)
         if not told:
             return trace
-        phase, looks = PHASES[told[0]], 0
-        counts[phase] += 1
-        trace.append((time.monotonic() - began, phase))
+        now, looks = NAMES[told[0]], 0
+        counts[now] += 1
+        trace.append((time.monotonic() - began, now))
 
 
-def reached(wanted: dict[str, Any], counts: dict[str, int], phase: str) -> bool:
+def reached(wanted: dict[str, Any], counts: dict[str, int], now: str) -> bool:
     """Whether the child is where the time of the signal counts from."""
-    return "phase" not in wanted or (counts[wanted["phase"]] >= wanted["nth"] and phase == wanted["phase"])
+    return "phase" not in wanted or (counts[wanted["phase"]] >= wanted["nth"] and now == wanted["phase"])
+
+
+def named(session: int, words: str) -> list[int]:
+    """The processes of a session whose command line has these words."""
+    return [int(pid) for pid in members(session) if words.encode() in Path("/proc", pid, "cmdline").read_bytes()]
 
 
 def left(session: int) -> list[str]:
-    """Processes of the child's session that live on for a second, and its shared memory."""
-    end = time.monotonic() + 1
+    """Processes of the child's session that live on for seconds, in which one can still come up, and shared memory."""
+    end = time.monotonic() + 20
     while (alive := members(session)) and time.monotonic() < end:
         time.sleep(0.01)
     return alive + [name for name in os.listdir("/dev/shm") if f"_{session}_" in name]
