@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from ssld.data.samples import Samples, concatenate, same_classes
 from ssld.data.sources import open_source
 from ssld.errors import DataError, RecipeError
 from ssld.recipe import Data, Recipe, Split
+from ssld.wording import got
 
 # a pool of millions loses a few images; more than one in a thousand is a broken source
 POOL_DAMAGE = 1000
@@ -72,7 +74,7 @@ def open_datasets(recipe: Recipe, limit: int | None, cache: Path | None) -> Data
     """Index every source that the recipe names and agree on the classes. limit: so many images of each at most."""
     specs = {name: getattr(recipe.data, name) for name in Data.model_fields}
     sources = {
-        name: open_source(spec, labeled=name != "unlabeled", cache=cache)
+        name: opened(recipe, name, spec, cache)
         for name, spec in specs.items()
         if spec is not None and not isinstance(spec, Split)
     }
@@ -91,6 +93,15 @@ def open_datasets(recipe: Recipe, limit: int | None, cache: Path | None) -> Data
         rest, held_out = sources["unlabeled"].hold_out(held_out_share(len(sources["unlabeled"])))
         sources |= {"unlabeled": rest, "held out": held_out} if len(held_out) else {}
     return Datasets(sources, classes)
+
+
+def opened(recipe: Recipe, name: str, spec: str | Mapping[str, Any], cache: Path | None) -> Samples:
+    """Index one source. What is wrong with its text is raised with the place where the recipe has it."""
+    try:
+        return open_source(spec, labeled=name != "unlabeled", cache=cache)
+    except RecipeError as error:
+        source, _, fault = str(error).partition(": expected ")
+        raise RecipeError(f"{recipe.place(('data', name))}: {got(source)}: expected {fault}") from error
 
 
 def held_out_share(images: int) -> float:

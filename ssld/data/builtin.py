@@ -14,7 +14,7 @@ import numpy as np
 from ssld.data.samples import Samples, digest, spread, virtual_shards
 from ssld.errors import DataError, RecipeError
 from ssld.seeds import generator
-from ssld.wording import near
+from ssld.wording import got, near
 
 DIGITS_PARTS: Mapping[str, slice] = {"labeled": slice(0, 400), "validation": slice(400, 797), "pool": slice(797, None)}
 """Where each part lies in the fixed order of the 1,797 images, which goes round the classes."""
@@ -27,15 +27,15 @@ def open_builtin(spec: str, *, labeled: bool) -> Samples:
     """
     name, _, query = spec.partition("?")
     if name not in SOURCES:
-        raise RecipeError(f"builtin:{spec}: expected a built-in source, got {name!r}; {near(name, SOURCES)}")
+        raise RecipeError(f"builtin:{spec}: expected a built-in source, got {got(name)}; {near(name, SOURCES)}")
     opener, known = SOURCES[name]
     try:
         options = parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query))
     except ValueError as error:
-        raise RecipeError(f"builtin:{spec}: expected options as key=value&key=value, got {query!r}") from error
+        raise RecipeError(f"builtin:{spec}: expected options as key=value&key=value, got {got(query)}") from error
     for key, _value in options:
         if key not in known:
-            raise RecipeError(f"builtin:{spec}: expected an option of {name}, got {key!r}; {near(key, known)}")
+            raise RecipeError(f"builtin:{spec}: expected an option of {name}, got {got(key)}; {near(key, known)}")
     return opener(f"builtin:{spec}", dict(options), labeled)
 
 
@@ -65,7 +65,7 @@ class _Digits:
 def _open_digits(name: str, options: Mapping[str, str], labeled: bool) -> Samples:
     part = options.get("part", "")
     if part not in DIGITS_PARTS:
-        raise RecipeError(f"{name}: expected a part, as in part=pool, got {part!r}; {near(part, DIGITS_PARTS)}")
+        raise RecipeError(f"{name}: expected a part, as in part=pool, got {got(part)}; {near(part, DIGITS_PARTS)}")
     images, targets = _load_digits()
     rows = spread(targets, "digits")[DIGITS_PARTS[part]]
     labels = targets[rows] if labeled else None
@@ -198,8 +198,9 @@ def _open_shapes(name: str, options: Mapping[str, str], labeled: bool) -> Sample
 def _whole(name: str, key: str, options: Mapping[str, str]) -> int:
     default, low, high = _SHAPE_OPTIONS[key]
     value = options.get(key, str(default))
-    if not (value.isascii() and value.isdigit() and low <= int(value) <= high):
-        raise RecipeError(f"{name}: expected {key} as a whole number in [{low}, {high}], got {value!r}")
+    # Python reads no number of thousands of digits
+    if not (value.isascii() and value.isdigit() and len(value) < 20 and low <= int(value) <= high):
+        raise RecipeError(f"{name}: expected {key} as a whole number in [{low}, {high}], got {got(value)}")
     return int(value)
 
 

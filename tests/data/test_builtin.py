@@ -136,6 +136,7 @@ def _detail(image: np.ndarray) -> float:
         ("shapes?count=0", ["count as a whole number in [1, ", "got '0'"]),
         ("shapes?classes=13", ["classes as a whole number in [2, 12]", "got '13'"]),
         ("shapes?size=big", ["size", "got 'big'"]),
+        (f"shapes?count={'9' * 5000}", ["count as a whole number in [1, ", "got '9999"]),
         ("shapes?count", ["key=value", "got 'count'"]),
     ],
 )

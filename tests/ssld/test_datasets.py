@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from ssld.datasets import open_datasets
-from ssld.errors import DataError
+from ssld.errors import DataError, RecipeError
 from ssld.recipe import read_recipe
 
 RECIPE = """
@@ -52,3 +52,19 @@ def test_a_number_far_off_is_named_with_its_image(opened):
 def test_a_limit_is_no_gap(opened):
     datasets = opened([0, 1, 2, 3], [0, 1, 2, 3], limit=2)
     assert (len(datasets.sources["labeled"]), len(datasets.classes)) == (2, 4)
+
+
+@pytest.mark.parametrize(
+    ("source", "fault"),
+    [
+        ("builtin:digits?part=pol", r"'builtin:digits\?part=pol': expected a part, .*did you mean pool\?"),
+        ("{builtin: shape}", "'builtin:shape': expected a built-in source, .*did you mean shapes?"),
+        ("s3://bucket/train", "'s3://bucket/train': expected a folder, .*copy the data to a local disk"),
+        (f"s3://{'x/' * 2000}", "'s3://(x/){20,30}x?…: expected a folder, "),
+    ],
+)
+def test_a_source_that_is_none_is_placed_in_the_recipe(source, fault, tmp_path):
+    recipe = RECIPE.replace("labeled.txt", "builtin:shapes?count=8").replace("validation.txt", source)
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    with pytest.raises(RecipeError, match=rf"recipe\.yaml:5:3: data\.validation: {fault}"):
+        open_datasets(read_recipe(tmp_path / "recipe.yaml"), None, tmp_path / "cache")
