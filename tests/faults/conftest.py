@@ -207,6 +207,12 @@ def tiny() -> SimpleNamespace:
 
 
 @pytest.fixture(scope="session")
+def contents_of() -> Callable[[Path], dict[str, str]]:
+    """contents_of(run): what every file of it holds."""
+    return contents
+
+
+@pytest.fixture(scope="session")
 def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
     folder = tmp_path_factory.mktemp("forks")
     site = TINY.write(folder)
