@@ -18,9 +18,15 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema
 
+from ssld.wording import got
+
 # A key that the recipe may leave open. Its type is what it holds once `resolved` has filled it in, which is before
 # any stage, or anything else but the plan, sees it.
 OPEN: Any = None
+
+
+Words = Annotated[str, Field(min_length=1)]
+"""What names something; "" would name the folder that one is in, or nothing at all."""
 
 
 class Exact:
@@ -83,17 +89,19 @@ class TeacherSetting(Frozen):
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
-    stage: str | None = None
+    stage: Words | None = None
     """An earlier stage of this run; its last weights teach."""
-    network: Annotated[str | None, WithJsonSchema({"anyOf": [{"type": "string"}, Named.model_json_schema()]})] = None
+    network: Annotated[
+        Words | None, WithJsonSchema({"anyOf": [{"type": "string", "minLength": 1}, Named.model_json_schema()]})
+    ] = None
     """A network by name, or {name: NAME, …options}, with `weights`, a .safetensors file."""
-    onnx: str | None = None
+    onnx: Words | None = None
     """An .onnx file, with size, mean and std where the file does not tell them."""
-    plugin: str | None = None
+    plugin: Words | None = None
     """An entry point of the group ssld.teachers; the other keys are its arguments."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of the arithmetic of a paddle network; bfloat16 is about twice as fast on a CPU that has it."""
-    class_map: str | None = None
+    class_map: Words | None = None
     """A file of `teacher class<TAB>student class` lines, for a teacher that knows other classes than the data."""
     weight: Annotated[float, Field(gt=0)] = 1.0
     """Its share in the mean of several teachers' probabilities, relative to the others'."""
@@ -128,9 +136,9 @@ class TeacherSetting(Frozen):
         if self.precision != "float32" and self.way not in ("stage", "network"):
             raise ValueError(f"expected precision beside stage or network only, got it beside {self.way}")
         weights = self.options.get("weights")
-        if self.network is not None and not isinstance(weights, str):
-            got = "none" if weights is None else repr(weights)
-            raise ValueError(f"expected a weights file beside network, got {got}; add weights: FILE.safetensors")
+        if self.network is not None and (not isinstance(weights, str) or weights == ""):
+            found = "none" if weights is None else got(weights)
+            raise ValueError(f"expected a weights file beside network, got {found}; add weights: FILE.safetensors")
         if self.stage is not None and self.options:
             raise ValueError(f"expected no other key beside stage, got {', '.join(self.options)}")
         return self
@@ -167,7 +175,7 @@ class Stored(Frozen):
     """Of the teacher's softmax; a loss of another temperature needs all classes."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """What the views are drawn by; recipes of other seeds share the labels."""
-    store: str | None = None
+    store: Words | None = None
     """The directory that keeps label files, to be shared by runs; labels.store in the run when left out."""
 
 
@@ -211,7 +219,7 @@ class TrainingSettings(StageSettings):
 
     student: Plugin = OPEN
     """The network that learns; with `from` a stage, its network when left out."""
-    start: Annotated[str | None, Field(alias="from")] = None
+    start: Annotated[Words | None, Field(alias="from")] = None
     """A stage whose last weights to start from, or a .safetensors file; from scratch when left out."""
     epochs: Annotated[int, Field(ge=1)]
     batch_size: Annotated[int, Field(ge=2)] = 64

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from ssld.contracts import Outcome, StageKind, Task
-from ssld.settings import Context, TaughtSettings, Teachers
+from ssld.settings import Context, TaughtSettings, Teachers, Words
 
 if TYPE_CHECKING:
     from ssld.train.feed import Target, Tensor
@@ -21,7 +21,7 @@ class Finetune(TaughtSettings):
     """Train a distilled student further on the labeled set."""
 
     kind: Literal["finetune"]
-    start: Annotated[str, Field(alias="from")]
+    start: Annotated[Words, Field(alias="from")]
     teacher: Teachers | None = None
     hard: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Share of the cross-entropy with the true labels; the rest is the teacher's. 1 needs no teacher."""

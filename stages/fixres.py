@@ -11,14 +11,14 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from ssld.contracts import Outcome, StageKind, Task
-from ssld.settings import Context, TrainingSettings
+from ssld.settings import Context, TrainingSettings, Words
 
 
 class Fixres(TrainingSettings):
     """Train the classifier of a finished student at a higher resolution."""
 
     kind: Literal["fixres"]
-    start: Annotated[str, Field(alias="from")]
+    start: Annotated[Words, Field(alias="from")]
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
     adapt_bn: bool = False
     """Let the statistics of the last batch norm adapt too, as the FixRes paper does."""

@@ -12,7 +12,7 @@ from pydantic.json_schema import models_json_schema
 from ssld import plugins
 from ssld.data.transforms import Operator, read_operators
 from ssld.recipe.tree import Tree
-from ssld.settings import Frozen, TrainingSettings
+from ssld.settings import Frozen, TrainingSettings, Words
 from ssld.wording import KeyPath, dotted
 
 NAME = r"^[a-z0-9_-]+$"
@@ -21,10 +21,6 @@ NAME = r"^[a-z0-9_-]+$"
 Operators = Annotated[
     tuple[Operator, ...], BeforeValidator(read_operators, json_schema_input_type=list[str | dict[str, Any]])
 ]
-
-
-Words = Annotated[str, Field(min_length=1)]
-"""What names something; "" would mean the folder that one is in."""
 
 
 class Images(Frozen):
