@@ -5,8 +5,15 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -185,3 +192,116 @@ def test_of_the_test_a_save_that_is_lost_is_found(tries, monkeypatch: pytest.Mon
     monkeypatch.setattr(broken, "reached", lambda: {**known, "distill": known["distill"] - 2})
     with pytest.raises(AssertionError):
         broken.expect_what_was_saved({**known, "distill": 0}, attempt)
+
+
+# Two ranks, by the installed command ----------------------------------------------------------------------------------
+
+
+class Command:
+    """`ssld` with two ranks, in a folder with the tiny recipe; every command leads a session of its own."""
+
+    def __init__(self, folder: Path, tiny: Any) -> None:
+        self.folder = folder
+        paths = filter(None, [str(tiny.write(folder)), os.environ.get("PYTHONPATH")])
+        self.environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+        self.run = folder / "runs" / "tiny"
+        self.started: list[subprocess.Popen[bytes]] = []
+
+    def start(self) -> subprocess.Popen[bytes]:
+        words = (sys.executable, "-P", "-m", "ssld", "run", "tiny.yaml", "--trust-teacher", "--nproc", "2")
+        with (self.folder / "said").open("wb") as said:
+            process = subprocess.Popen(
+                words, cwd=self.folder, env=self.environment, stderr=said, stdout=said, start_new_session=True
+            )
+        self.started.append(process)
+        return process
+
+    def clean_up(self) -> None:
+        for process in self.started:
+            for pid in self.members(process):
+                os.kill(pid, KILL)
+            process.wait()
+
+    def members(self, process: subprocess.Popen[bytes], words: str = "") -> list[int]:
+        """Who is there of a started command, and has these words in its command line."""
+        found = []
+        for entry in filter(str.isdigit, os.listdir("/proc")):
+            with suppress(OSError):
+                state, _, _, session = Path("/proc", entry, "stat").read_text().rpartition(")")[2].split()[:4]
+                line = Path("/proc", entry, "cmdline").read_bytes()
+                if int(session) == process.pid and state != "Z" and words.encode() in line:
+                    found.append(int(entry))
+        return found
+
+    def expect_none(self, process: subprocess.Popen[bytes]) -> None:
+        end = time.monotonic() + 30
+        while (alive := self.members(process)) and time.monotonic() < end:
+            time.sleep(0.05)
+        assert not alive
+
+    def finish(self) -> str:
+        process = self.start()
+        assert process.wait() == 0, (self.folder / "said").read_text()
+        self.expect_none(process)
+        return (self.folder / "said").read_text()
+
+
+@pytest.fixture(scope="module")
+def pair(tiny, contents_of, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What a run by two ranks holds that nothing interrupted."""
+    command = Command(tmp_path_factory.mktemp("pair"), tiny)
+    command.finish()
+    return contents_of(command.run)
+
+
+@pytest.fixture
+def command(tiny, tmp_path) -> Iterator[Command]:
+    made = Command(tmp_path, tiny)
+    yield made
+    made.clean_up()
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+def test_kills_of_one_of_two_ranks_cost_nothing_but_time(command, pair, contents_of):
+    draws = random.Random(chosen_seed())
+    met: Counter[str] = Counter()
+    while met.total() < 20:
+        shutil.rmtree(command.run, ignore_errors=True)
+        for _ in range(3):
+            process = command.start()
+            target = draws.choice(("ssld.follower", "tiny.yaml"))
+            while process.poll() is None and not command.members(process, "ssld.follower"):
+                time.sleep(0.01)
+            time.sleep(draws.uniform(0, 4))
+            for pid in command.members(process, target):
+                os.kill(pid, KILL)
+                met[target] += 1
+            code = process.wait()
+            assert code in ((0, 71) if target == "ssld.follower" else (0, -KILL)), (command.folder / "said").read_text()
+            command.expect_none(process)
+            if code == 0:
+                break
+        command.finish()
+        got = contents_of(command.run)
+        wrong = [name for name in sorted(pair.keys() | got.keys()) if pair.get(name) != got.get(name)]
+        assert not [name for name in wrong if not name.startswith("labels.store/") or "/.tmp-" not in name]
+    assert len(met) == 2
+
+
+@pytest.mark.soak
+def test_a_rank_that_stands_still_after_the_first_was_killed_holds_nobody_up(command, pair, contents_of):
+    process = command.start()
+    while not (command.run / "distill" / "step-00000002").is_dir():
+        assert process.poll() is None, (command.folder / "said").read_text()
+        time.sleep(0.01)
+    (orphan,) = command.members(process, "ssld.follower")
+    os.kill(orphan, signal.SIGSTOP)
+    process.kill()
+    process.wait()
+    assert command.members(process) == [orphan]
+    assert "going on after step" in command.finish()
+    assert contents_of(command.run) == pair
+    os.kill(orphan, signal.SIGCONT)
+    command.expect_none(process)
+    assert contents_of(command.run) == pair

@@ -44,7 +44,7 @@ def test_a_run_of_an_earlier_version_goes_on(forks, old, contents_of):
 
 
 def expect_the_same_weights(forks, old: Path, *, bits: bool) -> None:
-    """What went on has the weights of a run that this version makes of the same data, on the same machine to the bit."""
+    """What went on has the weights of a run that this version makes of these data, on the same machine to the bit."""
     (old / "runs" / "tiny").rename(old / "resumed")
     assert forks("run", "tiny.yaml", "--trust-teacher", folder=old).code == 0
     for stage in STEPS:
