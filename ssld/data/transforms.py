@@ -48,11 +48,26 @@ _FLIPS = {
     -1: Image.Transpose.ROTATE_180,
 }
 
+LARGEST_SIDE = 8192
+"""In pixels: a square of it takes 200 MB, more than any network is shown."""
+
+
+def _cut(value: object) -> str:
+    """A value as Python writes it, so that lists keep their items, cut to one short line."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+def _is_side(value: object) -> bool:
+    return type(value) is int and 1 <= value <= LARGEST_SIDE
+
 
 def _pair(value: object) -> object:
     pair = (value, value) if isinstance(value, int) else value
-    if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(type(side) is int and side > 0 for side in pair):
-        raise ValueError(f"expected a side in pixels or [width, height], whole numbers ≥ 1, got {value!r}")
+    if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(map(_is_side, pair)):
+        raise ValueError(
+            f"expected a side in pixels or [width, height], whole numbers ≥ 1 and ≤ {LARGEST_SIDE}, got {_cut(value)}"
+        )
     return pair
 
 
@@ -64,7 +79,7 @@ def _quotient(value: object) -> object:
     try:
         return float(top) / float(bottom or 1)
     except (ValueError, ZeroDivisionError) as error:
-        raise ValueError(f'expected a number or a quotient such as "1.0/255.0", got {value!r}') from error
+        raise ValueError(f'expected a number or a quotient such as "1.0/255.0", got {_cut(value)}') from error
 
 
 def _ascending(value: tuple[float, float]) -> tuple[float, float]:
@@ -73,7 +88,7 @@ def _ascending(value: tuple[float, float]) -> tuple[float, float]:
     return value
 
 
-Side = Annotated[int, Field(ge=1, strict=True)]
+Side = Annotated[int, Field(ge=1, le=LARGEST_SIDE, strict=True)]
 Size = Annotated[tuple[int, int], BeforeValidator(_pair)]
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -234,7 +249,7 @@ def read_operators(value: object) -> tuple[Operator, ...]:
     one), a value out of range, or an order that has no meaning.
     """
     if not isinstance(value, list):
-        raise ValueError(f"expected a list of operators, got {value!r}")
+        raise ValueError(f"expected a list of operators, got {_cut(value)}")
     operators = tuple(_operator(item) for item in value)
     _check_order(operators)
     return operators
@@ -243,14 +258,14 @@ def read_operators(value: object) -> tuple[Operator, ...]:
 def _operator(item: object) -> Operator:
     name, arguments = next(iter(item.items())) if isinstance(item, dict) and len(item) == 1 else (item, None)
     if not isinstance(name, str) or not isinstance(arguments, dict | None):
-        raise ValueError(f"expected an operator as NAME or {{NAME: {{argument: value}}}}, got {item!r}")
+        raise ValueError(f"expected an operator as NAME or {{NAME: {{argument: value}}}}, got {_cut(item)}")
     if name.lower().removesuffix("operator") in MIXING:
         raise ValueError(
             f"expected operators on one image, got {name}: a soft label that is kept belongs to one view of one image, "
             f"and SSLD mixes none; leave it out"
         )
     if name not in OPERATORS:
-        raise ValueError(f"expected an operator, got {name}; {near(name, OPERATORS)}")
+        raise ValueError(f"expected an operator, got {_cut(name)}; {near(name, OPERATORS)}")
     kind = OPERATORS[name]
     try:
         return kind.model_validate(arguments or {})
@@ -267,6 +282,16 @@ def _check_order(operators: tuple[Operator, ...]) -> None:
     if "RandCropImage" in shaping[1:]:
         # Its part would be drawn in pixels of the resized image, and change with the resolution.
         raise ValueError(f"expected one RandCropImage, before what else resizes or crops, got {', '.join(names)}")
+
+
+def _check_sides(steps: tuple[Operator, ...], base: int, resolution: int) -> None:
+    """A size that is in range may be out of it at another resolution than the one it is written for."""
+    for step in steps:
+        if step.target is not None and max(step.target) > LARGEST_SIDE:
+            raise ValueError(
+                f"expected sides of at most {LARGEST_SIDE} px, got {max(step.target)} by {type(step).__name__}, whose "
+                f"size is written for resolution {base}, at resolution {resolution}; lower it, or leave it out"
+            )
 
 
 def _check_growth(steps: tuple[Operator, ...], base: int) -> None:
@@ -331,8 +356,10 @@ class Pipeline:
     def check(self) -> None:
         """Try the operators before anything is spent.
 
-        Raises ValueError where they enlarge what they shrank, or end at another size than the resolution.
+        Raises ValueError where they enlarge what they shrank, end at another size than the resolution, or make an
+        image that no memory holds.
         """
+        _check_sides(self.steps, self.base, self.resolution)
         _check_growth(self.at(self.base).steps, self.base)
         try:
             view(Image.new("RGB", _PROBE), self, 0)

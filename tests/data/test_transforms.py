@@ -291,6 +291,16 @@ def test_a_pipeline_that_ends_at_another_size_fails_its_check(operators: list[ob
         Pipeline.read(operators, 32).check()
 
 
+@pytest.mark.parametrize(
+    "operators", [[{"ResizeImage": {"resize_short": 100}}, "CropImage"], [{"RandCropImage": {"size": [1, 100]}}]]
+)
+def test_a_size_that_another_resolution_makes_immense_is_refused_before_an_image_of_it_is_made(
+    operators: list[object],
+) -> None:
+    with pytest.raises(ValueError, match=r"at most 8192 px, got 51200 by .* for resolution 8, at resolution 4096"):
+        Pipeline.read(operators, 8).at(4096).check()
+
+
 def test_a_view_of_other_operators_is_refused() -> None:
     with pytest.raises(ValueError):
         Pipeline.read(TRAIN, 8).render(noise(9, 9), ((1,),))
@@ -300,17 +310,24 @@ def test_a_view_of_other_operators_is_refused() -> None:
     ("value", "message"),
     [
         ("CropImage", "a list of operators"),
-        (["RandCropImag"], "got RandCropImag; did you mean RandCropImage"),
-        (["Mosaic"], "got Mosaic; known: ResizeImage, CropImage"),
+        (["RandCropImag"], "got 'RandCropImag'; did you mean RandCropImage"),
+        (["Mosaic"], "got 'Mosaic'; known: ResizeImage, CropImage"),
         ([{"CropImage": {"sizes": 8}}], "CropImage.sizes: unknown key, did you mean size"),
-        ([{"CropImage": {"size": 0}}], r"CropImage.size: expected a side in pixels or .* ≥ 1, got 0"),
+        ([{"CropImage": {"size": 0}}], r"CropImage.size: expected a side in pixels or .* ≥ 1 and ≤ 8192, got 0"),
         ([{"CropImage": {"size": "8"}}], "CropImage.size: .*got '8'"),
         ([{"CropImage": {"size": [8]}}], r"CropImage.size: .*got \[8\]"),
-        ([{"ResizeImage": {"resize_short": 0}}], "ResizeImage.resize_short: expected a whole number ≥ 1, got 0"),
+        (
+            [{"ResizeImage": {"resize_short": 0}}],
+            "ResizeImage.resize_short: expected a whole number ≥ 1 and ≤ 8192, got 0",
+        ),
         ([{"CropImage": {"size": True}}], "CropImage.size: .*got True"),
         ([{"CropImage": 8}], "{NAME: {argument: value}}"),
         ([{"CropImage": {}, "ResizeImage": {}}], "{NAME: {argument: value}}"),
         ([3], "{NAME: {argument: value}}"),
+        ([{"CropImage": {"size": 8193}}], "CropImage.size: .* ≥ 1 and ≤ 8192, got 8193"),
+        ([{"RandCropImage": {"size": [8, 10**400]}}], r"RandCropImage.size: .* ≤ 8192, got \[8, 10{30,60}…"),
+        ([{"ResizeImage": {"resize_short": 8193}}], "ResizeImage.resize_short: .* ≥ 1 and ≤ 8192, got 8193"),
+        (["Crop" * 1000], "got '(Crop){14}…; known"),
         ([{"ResizeImage": {"size": 8, "resize_short": 9}}], "size or resize_short, got both"),
         ([{"ResizeImage": {"interpolation": "cubic"}}], "ResizeImage.interpolation"),
         ([{"RandCropImage": {"scale": [0.5, 0.1]}}], "smaller number first"),

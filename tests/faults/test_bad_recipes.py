@@ -803,12 +803,12 @@ def extending(rng: np.random.Generator, tree: dict[str, Any]) -> Mutant:
 MUTATIONS: tuple[Mutation, ...] = (
     typed, typed, typed, ranged, ranged, ranged, misspelt, misspelt, added, foreign, missing, sectioned, nested,
     unnested, named, referring, referring, emptied, unnamed, unsourced, lacking, untaught, contradicting, unplugged,
-    operators, operators, sources, sources, unreachable, twice, tabbed, controlled, tagged, laughing, deep, torn,
-    escaped, documents, complex_key, marked, oversized, long_key, extending,
+    operators, operators, immense, sources, sources, unreachable, twice, tabbed, controlled, tagged, laughing, deep,
+    torn, escaped, documents, complex_key, marked, oversized, long_key, extending,
 )  # fmt: skip
 
 
-PENDING = (immense, referring_far)
+PENDING = (referring_far,)
 
 
 # The campaign ---------------------------------------------------------------------------------------------------------
