@@ -19,7 +19,7 @@ from ssld.errors import RecipeError
 from ssld.recipe import Recipe
 from ssld.settings import Context, TeacherSetting, TrainingSettings
 from ssld.teaching.onnx_files import files_beside
-from ssld.wording import near
+from ssld.wording import got, near
 
 # these change what is kept on disk or when, never a weight
 STORAGE_KEYS: Mapping[str, Any] = {"keep_last": True, "save_steps": True, "save_interval": True, "labels": {"store"}}
@@ -64,7 +64,9 @@ class Plan:
             if stage in (node.name, str(node.number)):
                 return node
         known = ", ".join(f"{node.number} {node.name}" for node in self.nodes)
-        raise RecipeError(f"{self.recipe.name}: expected a stage of this recipe, got {stage!r}; its stages are {known}")
+        raise RecipeError(
+            f"{self.recipe.name}: expected a stage of this recipe, got {got(stage)}; its stages are {known}"
+        )
 
 
 def make_plan(recipe: Recipe, *, limit: int | None = None, cache: Path | None = None) -> Plan:
@@ -84,7 +86,7 @@ def ordered(recipe: Recipe) -> list[str]:
             if wanted not in recipe.stages:
                 raise RecipeError(
                     f"{recipe.place(('stages', name))}: expected a stage of this recipe or a .safetensors file, got "
-                    f"{wanted!r}; {near(wanted, recipe.stages)}"
+                    f"{got(wanted)}; {near(wanted, recipe.stages)}"
                 )
     done: list[str] = []
     sorter = graphlib.TopologicalSorter({name: settings.inputs for name, settings in recipe.stages.items()})
