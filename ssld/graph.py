@@ -98,10 +98,10 @@ def ordered(recipe: Recipe) -> list[str]:
         raise RecipeError(
             f"{place}: the stages wait for each other: {cycle}; take one of them out of the circle"
         ) from error
-    place_of = list(recipe.stages).index
+    position = list(recipe.stages).index
     ready: list[str] = []
     while sorter.is_active():
-        ready = sorted([*ready, *sorter.get_ready()], key=place_of)
+        ready = sorted([*ready, *sorter.get_ready()], key=position)
         done.append(ready.pop(0))
         sorter.done(done[-1])
     return done
@@ -187,10 +187,14 @@ def origins(recipe: Recipe, name: str, settings: TrainingSettings) -> dict[str, 
         try:
             found[key] = owner(kind, plugin)
         except RecipeError as error:
-            field = key.partition(" ")[0]
-            written = type(settings).model_fields[field].alias or field
-            raise RecipeError(f"{recipe.place(('stages', name, written))}: {error}") from error
+            raise RecipeError(f"{place_of(recipe, name, key.partition(' ')[0])}: {error}") from error
     return found
+
+
+def place_of(recipe: Recipe, stage: str, field: str) -> str:
+    """Where the recipe has a field of a stage's settings, which it may write by another name."""
+    written = type(recipe.stages[stage]).model_fields[field].alias or field
+    return recipe.place(("stages", stage, written))
 
 
 def pipeline(recipe: Recipe, part: str, resolution: int) -> Pipeline:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
+from ssld.errors import RecipeError
 from ssld.files import writable
-from ssld.graph import Node
+from ssld.graph import Node, place_of
 from ssld.inputs import Inputs
+from ssld.recipe import Recipe
 from ssld.train import compiling, losses, networks
 
 
@@ -19,7 +22,8 @@ def preflight(nodes: Sequence[Node], inputs: Inputs) -> None:
     networks.use_device(inputs.members.options.device)
     for node in nodes:
         settings = node.settings
-        network = networks.build(settings.student.name, settings.student.options, len(plan.data.classes))
+        with placed(plan.recipe, node, "student"):
+            network = networks.build(settings.student.name, settings.student.options, len(plan.data.classes))
         compiling.prepare(network, inputs.journal.note)
         if settings.start is not None and settings.start not in settings.inputs:
             weights = inputs.initial(node)
@@ -27,9 +31,19 @@ def preflight(nodes: Sequence[Node], inputs: Inputs) -> None:
             networks.load(network, weights, networks.start_of(node.name, settings))
         if loss := getattr(settings, "loss", None):
             kept = settings.stored
-            losses.named(loss, kept.temperature if kept and kept.top_k < len(plan.data.classes) else None)
+            with placed(plan.recipe, node, "loss"):
+                losses.named(loss, kept.temperature if kept and kept.top_k < len(plan.data.classes) else None)
         if settings.taught_by:
             writable(run.labels(node))
         # a stage that is still to run cannot be asked yet
         if not set(settings.teacher_stages) & {other.name for other in nodes}:
             inputs.soft.check(node)
+
+
+@contextmanager
+def placed(recipe: Recipe, node: Node, field: str) -> Iterator[None]:
+    """What a plug-in says of its options is raised with the place of the key that names it."""
+    try:
+        yield
+    except RecipeError as error:
+        raise RecipeError(f"{place_of(recipe, node.name, field)}: {error}") from error

@@ -612,7 +612,8 @@ def test_a_start_that_fails_leaves_no_run_to_resume(stages):
         run({"stages.distill.student": {"name": STUDENT, "num_layers": 3}})
     with pytest.raises(RecipeError, match="expected a run"):
         engine.resume()
-    assert "Error: student" in log()
+    assert "Error: ladder.yaml:" in log()
+    assert "stages.distill.student: student" in log()
     assert run().fresh
 
 
