@@ -322,6 +322,19 @@ def test_resume_from_a_stage_does_it_and_what_follows_again(stages, stage):
     assert {task.resume for task in stages.tasks} == {None}
 
 
+def test_resume_from_a_stage_ends_those_before_it_first_and_says_so(stages):
+    """No stage is skipped, and what is done stays."""
+    stages.before["distill"] = stop_at(1)
+    with pytest.raises(Interrupted):
+        run()
+    before = len(log().splitlines())
+    assert kinds(engine.resume(stage="fixres")) == ["done"] * 4
+    assert stages.ran == ["teach", "distill", *LADDER[1:]]
+    assert stages.tasks[2].resume.step == 1
+    said = [line for line in log().splitlines()[before:] if " (2 of 4 stages), " in line]
+    assert [line.partition(" [1 distill] ")[2].rpartition(", ")[2] for line in said] == ["going on after step 1"]
+
+
 def test_resume_from_an_unknown_stage_changes_nothing(stages):
     run()
     with pytest.raises(RecipeError, match=r"got 'tune'; its stages are 0 teach, 1 distill, 2 finetune, 3 fixres"):
