@@ -24,9 +24,12 @@ from ssld.contracts import Ranks
 from ssld.errors import Interrupted, RankError, SsldError
 from ssld.processes import start
 from ssld.train.ranks import Meeting, Missed, shared_memory
+from ssld.watch import watch
 
 PARTING = 10.0
 """Seconds that a rank is given to end by itself, or to say why it has ended."""
+GOING_ON = "going on"
+"""What a rank says that is at work."""
 GLANCE = 0.2
 """Seconds between two looks at whether a signal has come."""
 
@@ -38,6 +41,8 @@ class Follower:
     number: int
     process: subprocess.Popen[str]
     said: Queue[dict[str, Any]] = field(default_factory=Queue)
+    goes_on: threading.Event = field(default_factory=threading.Event)
+    """Set by each word that it is at work."""
 
     def listen(self, note: Callable[[str], None]) -> None:
         """Take in what it says until it ends; what is meant for people goes on at once."""
@@ -48,6 +53,8 @@ class Follower:
                     message = _message(line)
                     if "note" in message:
                         note(f"{message['note']} (rank {self.number})")
+                    elif message.get("word") == GOING_ON:
+                        self.goes_on.set()
                     else:
                         self.said.put(message)
         finally:
@@ -137,16 +144,24 @@ class Crew:
         """
         until = None if patience is None else time.monotonic() + patience
         for follower in self.followers:
-            while True:
+            while not self._said(follower, word, until):
+                continue
+
+    def _said(self, follower: Follower, word: str, until: float | None) -> bool:
+        """Whether it has said the word; False where it has only told that it is at work."""
+        follower.goes_on.clear()
+        with watch.awaiting(lambda: f"rank {follower.number} to go on"):
+            while not follower.goes_on.is_set():
                 try:
                     if follower.hear(GLANCE) == word:
-                        break
+                        return True
                 except Empty:
                     pass
                 if number := self.stop():
                     raise Interrupted(f"stopped by {signal.Signals(number).name}", 128 + number)
                 if until is not None and time.monotonic() > until:
                     raise RankError(f"expected rank {follower.number} to end, it goes on; train by --nproc 1")
+        return False
 
     def _start(self, number: int, memory: IO[bytes]) -> None:
         own, other = socket.socketpair()

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 
-from ssld import plugins
+from ssld import environment, plugins
 from ssld import threads as shared
 from ssld.environment import RANKS
 from ssld.errors import SsldError
@@ -32,6 +32,7 @@ def examine(device: str = "cpu") -> list[Finding]:
         ("one paddle", one_paddle),
         ("device", on_device),
         ("threads", threads),
+        ("kernels", kernels),
         ("plug-ins", installed),
         ("training step", lambda device: selfcheck.training_step()),
         ("frozen network", lambda device: selfcheck.frozen_network(device)),
@@ -68,6 +69,12 @@ def on_device(device: str) -> str:
 def threads(device: str) -> str:
     found = f"{shared.cores()} of {os.cpu_count()} cores, ranks: {os.environ.get(RANKS, '1')}"
     return f"{found}; a training step takes {shared.of_step()}, a frozen network {shared.share()}"
+
+
+def kernels(device: str) -> str:
+    """What computes a training step on a CPU, and how it could be faster."""
+    found = environment.kernels()
+    return f"{found}; {environment.SLOW}" if found == environment.PADDLE_KERNELS else found
 
 
 def installed(device: str) -> str:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ssld.changes import Old, refusal, what_changed
-from ssld.environment import environment
+from ssld.environment import PADDLE_KERNELS, SLOW, environment, kernels
 from ssld.errors import (
     ChangedError,
     CheckpointError,
@@ -40,6 +41,9 @@ from ssld.watch import watch
 
 if TYPE_CHECKING:
     from ssld.crew import Crew
+
+GOES_ON = (Interrupted, ProcessError, StallError, StorageError)
+"""After these the same command goes on where it was."""
 
 
 def run(
@@ -93,9 +97,12 @@ def resume(
 
 
 def _with(options: Options, nproc: int | None, stall_timeout: float | None) -> Options:
-    """The options with what was given, and without what was not."""
+    """The options with what was given, and without what was not. Raises RecipeError for what is out of range."""
     given: dict[str, Any] = {"nproc": nproc, "stall_timeout": stall_timeout}
-    return replace(options, **{name: value for name, value in given.items() if value is not None})
+    try:
+        return replace(options, **{name: value for name, value in given.items() if value is not None})
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
 
 
 def plan(
@@ -157,16 +164,16 @@ def label(
     directory = RunDirectory.of(read.name, out)
     plan = make_plan(read, limit=limit)
     nodes = keeping(plan, stage)
+    had = Options(device, limit, trust_teacher, stall_timeout=directory.options().stall_timeout)
+    options = _with(had, None, stall_timeout)
     directory.claim()
     from ssld.train.networks import use_device
 
     stop, journal, again = Stop(), Journal(directory.path), "continue: the same ssld label again"
     try:
-        seconds = directory.options().stall_timeout if stall_timeout is None else stall_timeout
-        stalled = watch.on(seconds, lambda error: end(error, journal, again))
+        stalled = watch.on(options.stall_timeout, lambda error: end(error, journal, again))
         with stop.listening(), stalled, memory_named(again):
             use_device(device)
-            options = Options(device, limit, trust_teacher)
             soft = Inputs.of(directory, plan, options, journal, lambda: stop.number).soft
             done = []
             for node in nodes:
@@ -176,7 +183,7 @@ def label(
                 # what a run compares its student on, so that it asks the teacher nothing
                 soft.reference(node)
             return done
-    except (Interrupted, StorageError) as error:
+    except GOES_ON as error:
         error.add_note(again)
         raise
     finally:
@@ -184,11 +191,17 @@ def label(
 
 
 def end(error: StallError, journal: Journal, onward: str) -> None:
-    """End the process, whose threads may be held where no exception reaches them; what was committed stands."""
-    journal.console.show_cursor()
-    journal.note(f"Error: {error}")
-    journal.note(onward)
+    """End the process, whose threads may be held where no exception reaches them; what was committed stands.
+
+    They may hold the locks of the log and the screen, and the log may lie on the disk that does not answer.
+    """
     kill()
+    cursor = "\x1b[?25h" if journal.console.is_terminal else ""
+    with suppress(OSError):
+        os.write(2, f"{cursor}Error: {error}\n{onward}\n".encode())
+    log = threading.Thread(target=journal.detail, args=(f"Error: {error}",), daemon=True)
+    log.start()
+    log.join(1)
     os._exit(error.exit_code)
 
 
@@ -256,7 +269,7 @@ class Runner:
             except SsldError as error:
                 if not isinstance(error, ChangedError):
                     journal.detail(f"Error: {error}")
-                if isinstance(error, Interrupted | ProcessError | StorageError) and self.directory.exists():
+                if isinstance(error, GOES_ON) and self.directory.exists():
                     error.add_note(self.onward)
                 raise
             finally:
@@ -369,6 +382,8 @@ class Runner:
         """What is about to run, for the log."""
         text = dump(self.plan.recipe)
         journal.note(f"run {self.directory.path}")
+        if self.options.device == "cpu" and kernels() == PADDLE_KERNELS:
+            journal.note(f"trained by paddle's own kernels: {SLOW}")
         journal.detail(f"recipe\n{text}")
         for node in self.plan.nodes:
             journal.detail(f"{node.name}, resolved: {json.dumps(node.basis['settings'], sort_keys=True)}")

@@ -30,6 +30,11 @@ def numba_version() -> str:
     return "" if os.environ.get("SSLD_FAST_CONV") == "0" else installed("numba")
 
 
+PADDLE_KERNELS = "paddle"
+SLOW = "a training step takes three to seven times as long as with the extra cpu (pip install 'ssld[cpu]')"
+"""Of paddle's own kernels; docs/performance.md has the figures."""
+
+
 def environment() -> dict[str, str]:
     """Machine, versions and thread settings, by name."""
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "MKL_CBWR")
@@ -47,7 +52,7 @@ def environment() -> dict[str, str]:
 def kernels() -> str:
     """What computes convolutions, batch norms and classifiers in a training step on a CPU."""
     if not (numba := numba_version()):
-        return "paddle"
+        return PADDLE_KERNELS
     built = cast(dict[str, Any], np.show_config(mode="dicts")).get("Build Dependencies", {})
     blas = built.get("blas", {})
     return f"numba {numba} with llvmlite {installed('llvmlite')}, {blas.get('name')} {blas.get('version')}"

@@ -7,6 +7,7 @@ import os
 import socket
 import sys
 import threading
+import time
 from contextlib import suppress
 from pathlib import Path
 from queue import Queue
@@ -15,6 +16,7 @@ from typing import IO, Any
 from rich.console import Console
 
 from ssld.contracts import Ranks
+from ssld.crew import GOING_ON
 from ssld.errors import ChangedError, Interrupted, RankError, SsldError, StallError
 from ssld.graph import make_plan
 from ssld.inputs import Inputs
@@ -35,12 +37,19 @@ class Boss:
         # whatever else is printed, by a plug-in say, goes where it does no harm
         self.out: IO[str] = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)
+        self.told = 0.0
         threading.Thread(target=self._listen, daemon=True).start()
 
     def _listen(self) -> None:
         for line in sys.stdin:
             self.wanted.put(json.loads(line))
         os._exit(0)
+
+    def go_on(self) -> None:
+        """Tell, once a second at most, that this rank is not held."""
+        if time.monotonic() - self.told > 1:
+            self.told = time.monotonic()
+            self.tell(word=GOING_ON)
 
     def tell(self, **message: Any) -> None:
         self.out.write(json.dumps(message) + "\n")
@@ -64,7 +73,7 @@ def follow(directory: Path, ranks: Ranks, boss: Boss) -> None:
     recipe, options = run.recorded()
     plan, journal = make_plan(recipe, limit=options.limit), Whisper(boss)
     use_device(options.device)
-    inputs = Inputs.of(run, plan, options, journal, lambda: None, ranks)
+    inputs = Inputs.of(run, plan, options, journal, boss.go_on, ranks)
     while True:
         wanted = boss.wanted.get()
         if "label" in wanted:

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from ssld.signals import ASKED
+
 _started: weakref.WeakSet[subprocess.Popen[Any]] = weakref.WeakSet()
 
 
@@ -19,8 +21,8 @@ def start(
 ) -> subprocess.Popen[Any]:
     """Run a module as `python -m`, with pipes to its standard input and from its standard output.
 
-    Its input ends when this process does, however it goes, and then the module has to end. It never hears SIGINT and
-    SIGTERM: a signal to the whole group is for this process to act upon.
+    Its input ends when this process does, however it goes, and then the module has to end. It never hears what
+    asks to end: a signal to the whole group is for this process to act upon.
     """
     with _deaf():
         process = subprocess.Popen(
@@ -47,8 +49,8 @@ def kill() -> None:
 
 @contextmanager
 def _deaf() -> Iterator[None]:
-    """What is started in here inherits that the two signals are blocked."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    """What is started in here inherits that these signals are blocked."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ASKED)
     try:
         yield
     finally:

@@ -13,6 +13,7 @@ RUN/attempt.1/distill/        results that a later attempt set aside; no stage h
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -42,7 +43,12 @@ class Options:
     trust_teacher: bool = False
     nproc: int = 1
     stall_timeout: float = 600.0
-    """Seconds that an image, a teacher's answer, a step or a save may take; 0 for any time."""
+    """Seconds that an image, a teacher's answer, a step or a checkpoint may take; 0 for any time."""
+
+    def __post_init__(self) -> None:
+        seconds = self.stall_timeout
+        if not isinstance(seconds, int | float) or not 0 <= seconds < math.inf:
+            raise ValueError(f"stall_timeout: expected seconds, 0 or more, got {seconds!r}")
 
 
 @dataclass(frozen=True)

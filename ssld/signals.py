@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a question that is asked between two steps, instead of an end in the middle of one."""
+"""Ctrl-C, SIGTERM and a closed terminal as a question between two steps, not an end in the middle of one."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ssld.errors import Interrupted
+
+ASKED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+"""What asks a process to end; SIGHUP is a terminal that is closed."""
 
 
 class Stop:
@@ -28,7 +31,9 @@ class Stop:
             for other, handler in old.items():
                 signal.signal(other, handler)
 
-        old = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGINT)}
+        # under nohup the end of the terminal is none of ours
+        heard = [number for number in ASKED if signal.getsignal(number) != signal.SIG_IGN]
+        old = {number: signal.signal(number, remember) for number in heard}
         try:
             yield
         finally:

@@ -52,7 +52,7 @@ def share() -> int:
 
 
 def decoders(free: int) -> int:
-    """Processes that decode and render on so many cores, none where no core is free; each takes about 60 MB."""
+    """Processes that decode and render on so many cores, none where no core is free; each takes 50 to 200 MB."""
     return min(16, free)
 
 

@@ -2,7 +2,7 @@
 
 A disk, a server or a plug-in that does not answer holds the thread that asked it, often inside of a library where no
 exception reaches it. So the watch has a thread of its own, and what it does at the end of the time ends the process;
-what was committed stands.
+what was committed stands. A library that does not let go of the interpreter holds the watch as well.
 """
 
 from __future__ import annotations
@@ -22,6 +22,14 @@ LOOK = 1.0
 class _Wait:
     what: Callable[[], str]
     since: float
+
+
+def _words(what: Callable[[], str]) -> str:
+    try:
+        return what()
+    except Exception as error:
+        # it asks what does not answer, and the run is to end in any case
+        return f"something that cannot be named ({error!r})"
 
 
 class Watch:
@@ -57,7 +65,7 @@ class Watch:
                 # a wait that begins between two looks seems longer than it is, by one at most
                 late = [wait for wait in tuple(self._waits) if self._now - wait.since > seconds + look]
                 if late:
-                    what = late[-1].what()
+                    what = _words(late[-1].what)
                     end(
                         StallError(
                             f"expected {what} within {seconds:g} s, got nothing; see why it does not come, or raise "

@@ -103,7 +103,7 @@ def exit_codes() -> set[int]:
     known = [errors.SsldError]
     for kind in known:
         known += kind.__subclasses__()
-    return {0, 130, 143, *(kind.exit_code for kind in known)}
+    return {0, 129, 130, 143, *(kind.exit_code for kind in known)}
 
 
 def test_the_readme_has_every_exit_code_once_in_order() -> None:

@@ -174,8 +174,8 @@ def view_batches(
     A damaged image is counted and left out. Threads and errors are as in `training_batches`.
     """
     requests = (_Request(index, replay.seed, tuple(range(replay.views))) for index in indices)
-    samples_ahead = max(1, ahead * batch_size // replay.views)
     threads = decoders(share()) if workers is None else workers
+    samples_ahead = max(2 * threads, ahead * batch_size // replay.views)
     loader = _Loader(samples, (pipeline,), tries=1, alone=not threads)
     loaded = _in_order(loader.load, requests, threads, samples_ahead)
     return _batches(samples, loaded, (0,), batch_size, 0, damage)
@@ -239,14 +239,16 @@ class _Loader:
         return _Loaded(index, found, tuple(damaged))
 
     def _rendered(self, wanted: Sequence[tuple[_Request, int]]) -> list[Views | DataError]:
-        with watch.awaiting(lambda: f"the images from {self.samples.where(wanted[0][1])} on to be read"):
-            # a shard that cannot be read is no damaged image, and stops the run by its name
-            works = [
-                Work(self.samples.read(index), self.samples.key(index), request.seed, request.views)
-                for request, index in wanted
-            ]
+        # a shard that cannot be read is no damaged image, and stops the run by its name
+        works = [
+            Work(self._read(index), self.samples.key(index), request.seed, request.views) for request, index in wanted
+        ]
         with watch.awaiting(lambda: f"the images from {self.samples.where(wanted[0][1])} on to be decoded"):
             return [render(self.pipelines, work) for work in works] if self.alone else renderer(self.pipelines, works)
+
+    def _read(self, index: int) -> bytes | np.ndarray:
+        with watch.awaiting(lambda: f"{self.samples.where(index)} to be read"):
+            return self.samples.read(index)
 
 
 def _distinct(pipelines: tuple[Pipeline, ...]) -> tuple[tuple[Pipeline, ...], tuple[int, ...]]:
@@ -267,7 +269,7 @@ def _in_order(
         yield from chain.from_iterable(map(function, batched(items, 1)))
         return
     # to hand over one image at a time would take the step's thread a twentieth of a millisecond for each
-    size = max(1, min(HANDED_OVER, ahead // 4))
+    size = max(1, min(HANDED_OVER, ahead // (2 * workers)))
     chunks = batched(items, size)
     pool = ThreadPoolExecutor(workers, thread_name_prefix="ssld-decode")
     try:

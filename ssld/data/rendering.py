@@ -1,14 +1,15 @@
 """Bytes to views, here or in processes that do nothing else: `python -m ssld.data.rendering`.
 
 A thread that decodes holds the interpreter often enough to slow a training step beside it down by an eighth, and stands
-nearly still while a frozen network runs; a process costs them nothing. It knows neither data nor order: it is sent
-bytes and sends back pixels, so it has no state to lose.
+nearly still while a frozen network runs; a process costs them next to nothing. It knows neither data nor order: it is
+sent bytes and sends back pixels, so it has no state to lose.
 """
 
 from __future__ import annotations
 
 import os
 import pickle
+import signal
 import sys
 import time
 import traceback
@@ -94,7 +95,11 @@ class Renderer:
         try:
             process = self._processes.popleft()
         except IndexError:
-            process = _Process()
+            try:
+                process = _Process()
+            except OSError:
+                # no more processes, memory or files are to be had; rendered here it only takes longer
+                return None
         if process.is_up():
             return process
         self._processes.append(process)
@@ -134,10 +139,11 @@ class _Process:
     def _ended(self, works: Sequence[Work]) -> ProcessError:
         code = self._process.wait()
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
+        hint = "; where memory was short, lower batch_size or the size of the images" if code == -signal.SIGKILL else ""
         keys = ", ".join(work.key for work in works)
         return ProcessError(
             f"expected the process that decodes (pid {self._process.pid}) to go on, it ended with {how} at one of "
-            f"{keys}; what was saved stands"
+            f"{keys}; what was saved stands{hint}"
         )
 
 
@@ -175,7 +181,7 @@ def serve(wanted: BinaryIO, out: BinaryIO) -> None:
 
 def main() -> None:
     """Whatever else is printed goes where it does no harm."""
-    memory.keep()
+    memory.keep(large=False)
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     # nobody is left to answer to

@@ -39,7 +39,9 @@ class Evaluator:
         With a reference also `agreement`, the share of its images that student and teacher put in the same class, and
         `kl`, the mean divergence of the student from the teacher in nats.
         """
-        truth, frozen = samples.labels, self._now()
+        with watch.awaiting(lambda: "the student to be exported"):
+            frozen = self._now()
+        truth = samples.labels
         assert truth is not None, "validation sets are opened with labels"
         with closing(answers(frozen, samples, self._pipeline, Damage(0))) as found:
             ahead = (places(scores, truth[indices]) for scores, indices in found)

@@ -140,6 +140,18 @@ def test_a_process_that_ends_is_told_of_with_its_images(eager: Renderer) -> None
     assert not eager._processes
 
 
+def test_where_no_process_can_be_had_all_is_rendered_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(rendering, "FIRST", 0.0)
+    monkeypatch.setattr(rendering, "start", full)
+    renderer, work = Renderer(), Work(picture(1), "a", 0, (0,))
+    [[(_, images)]] = renderer(PIPELINES, [work])
+    [(_, expected)] = render(PIPELINES, work)
+    np.testing.assert_array_equal(images[1], expected[1])
+
+
 def test_a_process_leaves_signals_to_the_one_that_started_it(eager: Renderer) -> None:
     [process] = eager._processes
     for number in (signal.SIGINT, signal.SIGTERM):

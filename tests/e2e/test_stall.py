@@ -13,8 +13,9 @@ import pytest
 from PIL import Image
 
 PLUGIN = '''
-"""Answers by the mean colour, and not at all while a file named "hang" is there."""
+"""Answers by the mean colour, and not at all while a file says that it hangs, everywhere or in other ranks alone."""
 import os
+import sys
 import time
 
 import numpy as np
@@ -25,7 +26,7 @@ class Moody:
     spec = TeacherSpec(8, "mean colour")
 
     def predict(self, images):
-        while os.path.exists("hang"):
+        while os.path.exists("hang") or (os.path.exists("hang of others") and "-m" in sys.orig_argv):
             time.sleep(0.05)
         return np.ascontiguousarray(images.mean(axis=(2, 3)), np.float32)
 '''
@@ -104,6 +105,11 @@ def goes_on(ssld: Any) -> None:
     assert f"going on after step {reached}" in ssld.wait(process, 143).err
 
 
+def followers(process: Any) -> list[int]:
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return [int(pid) for pid in children if b"ssld.follower" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
 def runs(number: int) -> bool:
     """Whether a process is there, and not only waits for somebody to ask how it ended."""
     try:
@@ -133,7 +139,7 @@ def test_an_image_that_does_not_come_is_named(moody):
     image.unlink()
     os.mkfifo(image)
     said = ended(moody, process, time.monotonic())
-    assert "to be read" in said
+    assert "005.png to be read" in said
     image.unlink()
     image.write_bytes(content)
     os.utime(image, ns=(times.st_atime_ns, times.st_mtime_ns))
@@ -143,13 +149,29 @@ def test_an_image_that_does_not_come_is_named(moody):
 def test_a_rank_that_stands_still_ends_the_run(moody):
     process = moody.start(*RUN, "--nproc", 2)
     in_the_middle(moody, process)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    [other] = [int(pid) for pid in children if b"ssld.follower" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    [other] = followers(process)
     os.kill(other, signal.SIGSTOP)
     said = ended(moody, process, time.monotonic())
     assert "the other ranks" in said
     assert not runs(other)
     goes_on(moody)
+
+
+@pytest.mark.parametrize("how", ["stands still", "its teacher hangs"])
+def test_a_rank_that_labels_no_more_ends_the_run(moody, how):
+    recipe = moody.folder / "moody.yaml"
+    # two shards, one for each rank
+    photographs(moody.folder / "pool", 1100)
+    recipe.write_text(recipe.read_text() + "    labels: {views: 1, top_k: 3}\n")
+    (moody.folder / "hang of others").touch()
+    process = moody.start(*RUN, "--nproc", 2)
+    if how == "stands still":
+        other: list[int] = []
+        moody.until(lambda: other or other.extend(followers(process)), process)
+        os.kill(other[0], signal.SIGSTOP)
+    result = moody.wait(process, 69)
+    assert result.continuation == "ssld resume --out runs/moody"
+    assert ("rank 1 to go on" if how == "stands still" else "rank 1: expected an answer of") in result.err
 
 
 def test_a_teacher_that_does_not_answer_ends_a_labelling(moody):

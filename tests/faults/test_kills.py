@@ -146,9 +146,9 @@ def test_labels_that_are_there_are_not_made_again(tries):
     assert not aside.exists()
 
 
-def test_a_hang_up_is_a_kill(tries):
+def test_a_terminal_that_is_closed_saves_first(tries):
     broken = tries("finetune")
-    assert broken.attempt([{"number": 1, "phase": "finetune", "nth": 4, "after": 0}]).code == -1
+    assert broken.attempt([{"number": 1, "phase": "finetune", "nth": 4, "after": 0}]).code == 129
     broken.finish()
 
 

@@ -367,3 +367,11 @@ def test_what_a_start_wrote_is_taken_back(run):
     assert not run.exists()
     run.forget()
     assert list(run.path.iterdir()) == []
+
+
+@pytest.mark.parametrize("seconds", ['"x"', "-1", "NaN", "Infinity"])
+def test_a_time_that_is_none_is_refused_with_the_file(tmp_path, seconds):
+    (tmp_path / "recipe.yaml").write_text("name: x\n")
+    (tmp_path / "run.json").write_text(f'{{"stall_timeout": {seconds}}}')
+    with pytest.raises(CheckpointError, match=r"run\.json: expected .*stall_timeout: expected seconds, 0 or more"):
+        RunDirectory(tmp_path).recorded()

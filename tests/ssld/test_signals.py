@@ -11,7 +11,7 @@ import pytest
 from ssld.errors import Interrupted
 from ssld.signals import Stop
 
-NUMBERS = (signal.SIGTERM, signal.SIGINT)
+NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 @pytest.fixture

@@ -89,6 +89,16 @@ def test_zero_waits_for_ever_and_starts_no_thread() -> None:
         time.sleep(0.3)
 
 
+def test_words_that_cannot_be_found_end_the_wait_all_the_same() -> None:
+    def what() -> str:
+        raise OSError("gone too")
+
+    watch, met = Watch(), []
+    with watch.on(0.2, met.append), watch.awaiting(what):
+        until(lambda: met)
+    assert "gone too" in str(met[0])
+
+
 SCRIPT = """
 import time
 from ssld.watch import Watch
