@@ -31,7 +31,7 @@ from ssld.errors import DataError, RecipeError
 from ssld.recipe import schema
 
 SHIPPED = Path(__file__).parents[2] / "recipes"
-NORMAL, LONG = 1_000, 10_000
+NORMAL, LONG = 800, 10_000
 SECONDS = 5.0
 """Of processor time that one recipe may take; the usual is a hundredth of it."""
 LONGEST = 2_500
@@ -885,7 +885,7 @@ def test_of_the_test_an_answer_that_breaks_the_promise_is_found(answer: Answer) 
     assert not complaints(Answer(2, "", f"Error: r.yaml:2:1: seed: {GOOD_WORDS}\n"), mutant)
 
 
-def test_a_thousand_bad_recipes(folder: Path, ask: Ask) -> None:
+def test_hundreds_of_bad_recipes(folder: Path, ask: Ask) -> None:
     campaign(NORMAL, folder, ask)
 
 
@@ -895,7 +895,7 @@ def test_ten_thousand_bad_recipes(folder: Path, ask: Ask) -> None:
     campaign(LONG, folder, ask)
 
 
-@pytest.mark.parametrize("place", ["pipe:" + "x" * 3000, "x" * 3000 + ":", "{0.." + "9" * 5000 + "}.tar", "x" * 3000])
+@pytest.mark.parametrize("place", ["pipe:" + "x" * 3000, "x" * 3000 + ":", "{0.." + "9" * 5000 + "}.tar"])
 @pytest.mark.xfail(strict=True, reason="longer than a file's name can be, which ends with exit 65 and without a place")
 def test_a_source_of_thousands_of_characters_is_refused_as_any_other(place: str, folder: Path, ask: Ask) -> None:
     text = dump(with_value(BASES["every_key"], ("data", "labeled"), place), np.random.default_rng(0))
