@@ -31,7 +31,7 @@ from ssld.errors import DataError, RecipeError
 from ssld.recipe import schema
 
 SHIPPED = Path(__file__).parents[2] / "recipes"
-NORMAL, LONG = 800, 10_000
+NORMAL, LONG = 600, 10_000
 SECONDS = 5.0
 """Of processor time that one recipe may take; the usual is a hundredth of it."""
 LONGEST = 2_500
