@@ -1,8 +1,9 @@
-"""The command line: words to calls."""
+"""The command line: words to calls, and every SsldError to one message and its exit code."""
 
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import click
 
 import ssld
 from ssld.errors import LabelError, SsldError
-from ssld.terminal import Commands, plain, show
+from ssld.terminal import occupy, plain, say, show
 
 RECIPE_OPTIONS = (
     click.argument("recipe"),
@@ -32,6 +33,22 @@ STALL = click.option(
     metavar="SECONDS",
     help="End where an image, an answer, a step or a save takes longer, 0: never; kept by the run, at first 600.",
 )
+
+
+class Commands(click.Group):
+    """Shows an SsldError as one message and ends with its exit code; a defect of ssld keeps its traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        occupy()
+        try:
+            return super().invoke(ctx)
+        except SsldError as error:
+            for line in (f"Error: {error}", *getattr(error, "__notes__", ())):
+                say(plain(line))
+            ctx.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo("Error: interrupted; nothing that was committed is lost", err=True)
+            ctx.exit(128 + signal.SIGINT)
 
 
 def part_of(context: click.Context, option: click.Parameter, value: str) -> tuple[int, int]:

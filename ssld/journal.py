@@ -8,13 +8,15 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+from ssld.terminal import mute
 
 LINE_EVERY_SECONDS = 5.0
 
@@ -47,9 +49,7 @@ class _Screen:
         try:
             yield stream
         except OSError:
-            # what the stream still holds is tried again at the end of the process, and would change its exit code
-            with suppress(OSError), open(os.devnull, "wb") as nowhere:
-                os.dup2(nowhere.fileno(), stream.fileno())
+            mute(stream)
 
 
 def _stderr() -> IO[str]:

@@ -3,30 +3,12 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from collections.abc import Iterable, Sequence
-from typing import Any, TextIO
+from contextlib import suppress
+from typing import IO
 
-import click
-
-from ssld.errors import SsldError, StorageError
-
-
-class Commands(click.Group):
-    """Shows an SsldError as one message and ends with its exit code; a defect of ssld keeps its traceback."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        occupy()
-        try:
-            return super().invoke(ctx)
-        except SsldError as error:
-            for line in (f"Error: {error}", *getattr(error, "__notes__", ())):
-                say(plain(line))
-            ctx.exit(error.exit_code)
-        except KeyboardInterrupt:
-            click.echo("Error: interrupted; nothing that was committed is lost", err=True)
-            ctx.exit(128 + signal.SIGINT)
+from ssld.errors import StorageError
 
 
 def occupy() -> None:
@@ -42,15 +24,22 @@ def occupy() -> None:
 def say(line: str) -> None:
     """A line on standard error; that it cannot be written changes no exit code."""
     try:
-        click.echo(line, err=True)
+        _put(sys.stderr, line)
     except OSError:
         mute(sys.stderr)
 
 
-def mute(stream: TextIO) -> None:
+def mute(stream: IO[str]) -> None:
     """Lead a stream nowhere: what it still holds would be tried again at the end, and change the exit code."""
-    with open(os.devnull, "wb") as nowhere:
+    with suppress(OSError), open(os.devnull, "wb") as nowhere:
         os.dup2(nowhere.fileno(), stream.fileno())
+
+
+def _put(stream: IO[str] | None, line: str) -> None:
+    # Python has None for a stream that was closed when it started
+    if stream is not None:
+        stream.write(line + "\n")
+        stream.flush()
 
 
 def plain(text: str) -> str:
@@ -68,7 +57,7 @@ def show(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     try:
         for line in lines:
-            click.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+            _put(sys.stdout, "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
     except BrokenPipeError:
         # a reader that wants no more; click ends quietly
         raise

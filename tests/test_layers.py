@@ -27,7 +27,7 @@ ROOMS = ("stages", "teachers", "students")
 PRODUCT = ("ssld", *ROOMS, "recipes")
 
 OWNERS = {
-    "click": ("ssld/cli.py", "ssld/terminal.py"),
+    "click": ("ssld/cli.py",),
     "faiss": ("ssld/retrieval/*",),
     "numba": ("ssld/train/compiling.py",),
     "onnxruntime": ("teachers/onnx.py",),
