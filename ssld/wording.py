@@ -56,6 +56,11 @@ def got(value: object) -> str:
         return "a mapping of keys" if value else "an empty mapping"
     if isinstance(value, list | tuple):
         return "a list" if value else "an empty list"
+    return cut(value)
+
+
+def cut(value: object) -> str:
+    """A value as Python writes it, so that lists keep their items, cut to one short line."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}…"
 

@@ -21,7 +21,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, mo
 from ssld.errors import DataError
 from ssld.seeds import generator
 from ssld.settings import Frozen
-from ssld.wording import dotted, faults, near
+from ssld.wording import cut, dotted, faults, near
 
 REVISION = 1
 """Goes up whenever the same operators, of the same seed, would draw or render something else."""
@@ -52,12 +52,6 @@ LARGEST_SIDE = 8192
 """In pixels: a square of it takes 200 MB, more than any network is shown."""
 
 
-def _cut(value: object) -> str:
-    """A value as Python writes it, so that lists keep their items, cut to one short line."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}…"
-
-
 def _is_side(value: object) -> bool:
     return type(value) is int and 1 <= value <= LARGEST_SIDE
 
@@ -66,7 +60,7 @@ def _pair(value: object) -> object:
     pair = (value, value) if isinstance(value, int) else value
     if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(map(_is_side, pair)):
         raise ValueError(
-            f"expected a side in pixels or [width, height], whole numbers ≥ 1 and ≤ {LARGEST_SIDE}, got {_cut(value)}"
+            f"expected a side in pixels or [width, height], whole numbers ≥ 1 and ≤ {LARGEST_SIDE}, got {cut(value)}"
         )
     return pair
 
@@ -79,7 +73,7 @@ def _quotient(value: object) -> object:
     try:
         return float(top) / float(bottom or 1)
     except (ValueError, ZeroDivisionError) as error:
-        raise ValueError(f'expected a number or a quotient such as "1.0/255.0", got {_cut(value)}') from error
+        raise ValueError(f'expected a number or a quotient such as "1.0/255.0", got {cut(value)}') from error
 
 
 def _ascending(value: tuple[float, float]) -> tuple[float, float]:
@@ -249,7 +243,7 @@ def read_operators(value: object) -> tuple[Operator, ...]:
     one), a value out of range, or an order that has no meaning.
     """
     if not isinstance(value, list):
-        raise ValueError(f"expected a list of operators, got {_cut(value)}")
+        raise ValueError(f"expected a list of operators, got {cut(value)}")
     operators = tuple(_operator(item) for item in value)
     _check_order(operators)
     return operators
@@ -258,14 +252,14 @@ def read_operators(value: object) -> tuple[Operator, ...]:
 def _operator(item: object) -> Operator:
     name, arguments = next(iter(item.items())) if isinstance(item, dict) and len(item) == 1 else (item, None)
     if not isinstance(name, str) or not isinstance(arguments, dict | None):
-        raise ValueError(f"expected an operator as NAME or {{NAME: {{argument: value}}}}, got {_cut(item)}")
+        raise ValueError(f"expected an operator as NAME or {{NAME: {{argument: value}}}}, got {cut(item)}")
     if name.lower().removesuffix("operator") in MIXING:
         raise ValueError(
             f"expected operators on one image, got {name}: a soft label that is kept belongs to one view of one image, "
             f"and SSLD mixes none; leave it out"
         )
     if name not in OPERATORS:
-        raise ValueError(f"expected an operator, got {_cut(name)}; {near(name, OPERATORS)}")
+        raise ValueError(f"expected an operator, got {cut(name)}; {near(name, OPERATORS)}")
     kind = OPERATORS[name]
     try:
         return kind.model_validate(arguments or {})
