@@ -243,3 +243,11 @@ def listed(photos: Callable[..., Path], tmp_path: Path) -> Callable[..., str]:
         return f"{{list: {name}.txt, root: {root.name}, classes: {name}-classes.txt}}"
 
     return write
+
+
+@pytest.fixture(scope="session")
+def mounting() -> None:
+    """For tests that mount a file system in a name space of their own."""
+    command = ["unshare", "-Urm", "sh", "-c", "mount -t tmpfs none /mnt"]
+    if not shutil.which("unshare") or subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("a file system can only be mounted where user name spaces are on")

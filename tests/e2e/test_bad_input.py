@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import subprocess
 
 import pytest
 
@@ -289,21 +288,7 @@ def test_a_log_that_cannot_be_written_is_said_once_and_costs_no_weights(ssld, re
 # Disks ---------------------------------------------------------------------------------------------------------------
 
 
-def mounts() -> bool:
-    """Whether this user may mount a file system in a name space of its own."""
-    command = ["unshare", "-Urm", "sh", "-c", "mount -t tmpfs none /mnt"]
-    try:
-        return subprocess.run(command, capture_output=True, check=False).returncode == 0
-    except FileNotFoundError:
-        return False
-
-
-needs_mounts = pytest.mark.skipif(
-    not mounts(), reason="a file system can only be mounted where user name spaces are on"
-)
-
-
-@needs_mounts
+@pytest.mark.usefixtures("mounting")
 def test_no_run_on_a_medium_that_is_read_only(ssld):
     (ssld.folder / "disk").mkdir()
     script = "mount -t tmpfs -o ro none disk && exec ssld run tiny.yaml --out disk/run"
@@ -312,7 +297,7 @@ def test_no_run_on_a_medium_that_is_read_only(ssld):
     assert "choose a directory you can write (--out" in refused.err
 
 
-@needs_mounts
+@pytest.mark.usefixtures("mounting")
 def test_a_full_disk_ends_the_run_and_what_was_saved_goes_on(ssld, reference):
     (ssld.folder / "disk").mkdir()
     size = sum(file.stat().st_size for file in (reference.directory / "teach" / "latest").iterdir())

@@ -8,7 +8,6 @@ import os
 import re
 import resource
 import shutil
-import subprocess
 import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -141,16 +140,7 @@ def test_a_run_that_is_moved_stops_and_goes_on_where_it_is(small):
     assert done.table()[0]["state"] == "finished"
 
 
-def mounts() -> bool:
-    """Whether this user may mount a file system in a name space of its own."""
-    command = ["unshare", "-Urm", "sh", "-c", "mount -t tmpfs none /mnt"]
-    try:
-        return subprocess.run(command, capture_output=True, check=False).returncode == 0
-    except FileNotFoundError:
-        return False
-
-
-@pytest.mark.skipif(not mounts(), reason="a file system can only be mounted where user name spaces are on")
+@pytest.mark.usefixtures("mounting")
 def test_ranks_share_nothing_by_shared_memory_that_may_be_short(small, trained):
     """They use memory without a name, which no file system has to hold."""
     size = (trained.run / "teach" / "latest" / "student.safetensors").stat().st_size
