@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from array import array
@@ -11,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from braceexpand import braceexpand
 
+from ssld.data.braces import expanded
 from ssld.data.builtin import open_builtin
 from ssld.data.index import BAD_LABEL, IMAGE_EXTENSIONS, Index, Shards, Strings, load_index, text
 from ssld.data.samples import Samples, digest, virtual_shards
@@ -30,8 +31,6 @@ CLASSES_FILE = "classes.txt"
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 _IMAGES = f"(.{', .'.join(IMAGE_EXTENSIONS)})"
-_BRACES = re.compile(r"\\.|\{(?P<first>-?\d+)\.\.(?P<last>-?\d+)(\.\.-?\d+)?\}|[{},]")
-_DEEPEST, _MOST = 20, 1_000_000
 _SHOWN = 3
 _HINT = 200
 
@@ -74,6 +73,16 @@ def _path(value: str) -> Path:
     return Path(os.path.expanduser(value))
 
 
+def _there(path: Path, test: Callable[[Path], bool] = Path.exists) -> bool:
+    """Whether such a file is there: what is longer than any name, as braces and schemes may be, is none."""
+    try:
+        return test(path)
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        return False
+
+
 def _parse(spec: str | Mapping[str, Any]) -> tuple[str, str, str, dict[str, str]]:
     """(name for messages, kind, value, the other keys)."""
     if isinstance(spec, str):
@@ -103,19 +112,19 @@ def _guess(spec: str) -> tuple[str, str]:
         return "builtin", spec.removeprefix("builtin:")
     _refuse_scheme(spec)
     path = _path(spec)
-    if path.is_dir():
+    if _there(path, Path.is_dir):
         shards = _shards_in(path)
         return ("shards", spec) if shards else ("folder", spec)
-    if spec.endswith((".tar", ".tar.gz", ".tgz")) or ("{" in spec and not path.exists()):
+    if spec.endswith((".tar", ".tar.gz", ".tgz")) or ("{" in spec and not _there(path)):
         return "shards", spec
     return "list", spec
 
 
 def _refuse_scheme(spec: str) -> None:
     match = _SCHEME.match(spec)
-    if match and not Path(spec).exists():
+    if match and not _there(Path(spec)):
         raise RecipeError(
-            f"{spec}: expected a folder, a list file, .tar shards or builtin:NAME, got the scheme {match[1]}:; "
+            f"{spec}: expected a folder, a list file, .tar shards or builtin:NAME, got the scheme {match[1][:20]}:; "
             "this version reads local paths only: copy the data to a local disk and give its path"
         )
 
@@ -359,19 +368,15 @@ def _shards_in(folder: Path) -> list[Path]:
 def _expand(pattern: str) -> Sequence[Path]:
     """The shards that a pattern with braces names, or those of a folder; all of them exist, none comes twice."""
     folder = _path(pattern)
-    if folder.is_dir():
+    if _there(folder, Path.is_dir):
         shards = _shards_in(folder)
         if not shards:
             raise DataError(
                 f"{pattern}: expected a folder of .tar shards and nothing else, got none, or folders or images"
             )
         return shards
-    try:
-        _check_count(pattern)
-        paths = [_path(name) for name in braceexpand(pattern)]
-    except ValueError as error:
-        raise RecipeError(f"{pattern}: expected braces in pairs, as in pool-{{000000..000499}}.tar") from error
-    missing = [path for path in paths if not path.is_file()]
+    paths = [_path(name) for name in expanded(pattern)]
+    missing = [path for path in paths if not _there(path, Path.is_file)]
     if missing:
         shown = ", ".join(map(str, missing[:_SHOWN])) + (", …" if len(missing) > _SHOWN else "")
         raise DataError(
@@ -380,30 +385,6 @@ def _expand(pattern: str) -> Sequence[Path]:
     if len(set(paths)) < len(paths):
         raise RecipeError(f"{pattern}: expected every shard once, got some twice; correct the braces")
     return paths
-
-
-def _check_count(pattern: str) -> None:
-    """Refuse braces that stand for more than any disk holds, which to write out would fill the memory.
-
-    Raises ValueError for a range whose ends are no numbers to Python.
-    """
-    # for every open brace: the names of the alternatives before this one, and of this one
-    counts = [[0, 1]]
-    for token in _BRACES.finditer(pattern):
-        if token["first"]:
-            counts[-1][1] *= abs(int(token["last"]) - int(token["first"])) + 1
-        elif token[0] == "{":
-            counts.append([0, 1])
-        elif token[0] == "," and len(counts) > 1:
-            counts[-1] = [sum(counts[-1]), 1]
-        elif token[0] == "}" and len(counts) > 1:
-            inner = sum(counts.pop())
-            counts[-1][1] *= inner
-        if len(counts) > _DEEPEST or counts[-1][1] > _MOST:
-            raise RecipeError(
-                f"{pattern}: expected braces at most {_DEEPEST - 1} deep that name at most {_MOST:,} shards, got more; "
-                "correct the range"
-            )
 
 
 # Classes -------------------------------------------------------------------------------------------------------------
