@@ -24,7 +24,7 @@ from ssld.contracts import Ranks
 from ssld.errors import Interrupted, RankError, SsldError
 from ssld.processes import start
 from ssld.train.ranks import Meeting, Missed, shared_memory
-from ssld.watch import watch
+from ssld.watch import GRACE, watch
 
 PARTING = 10.0
 """Seconds that a rank is given to end by itself, or to say why it has ended."""
@@ -150,7 +150,7 @@ class Crew:
     def _said(self, follower: Follower, word: str, until: float | None) -> bool:
         """Whether it has said the word; False where it has only told that it is at work."""
         follower.goes_on.clear()
-        with watch.awaiting(lambda: f"rank {follower.number} to go on"):
+        with watch.awaiting(lambda: f"rank {follower.number} to go on", GRACE):
             while not follower.goes_on.is_set():
                 try:
                     if follower.hear(GLANCE) == word:

@@ -16,12 +16,15 @@ from ssld.errors import StallError
 
 LOOK = 1.0
 """Seconds between two looks, at most. A process that is suspended does not look, so that time does not count."""
+GRACE = 5.0
+"""Seconds longer that one waits for another process, which has a watch of its own and knows better what is missing."""
 
 
 @dataclass(frozen=True, eq=False)
 class _Wait:
     what: Callable[[], str]
     since: float
+    """In seconds of the watch; later than now where there is a grace."""
 
 
 def _words(what: Callable[[], str]) -> str:
@@ -41,9 +44,9 @@ class Watch:
         self._now = 0.0
 
     @contextmanager
-    def awaiting(self, what: Callable[[], str]) -> Iterator[None]:
-        """Something that comes in here. what(): it, in words that go on "expected …"."""
-        wait = _Wait(what, self._now)
+    def awaiting(self, what: Callable[[], str], grace: float = 0) -> Iterator[None]:
+        """Something that comes in here. what(): it, in words that go on "expected …"; grace: seconds more to wait."""
+        wait = _Wait(what, self._now + grace)
         self._waits[wait] = None
         try:
             yield

@@ -47,7 +47,8 @@ SMALLER = {
     "epoch": {"BATCH": 16},
     "evaluation": {"CASES": (None, dataclasses.replace(evaluation.CASES[1], network=CHEAP, size=32))},
     "label_size": {"IMAGES": 300},
-    "memory": {"LOSSES": ("js, K = 10",)},
+    # of the fewest classes all may find room in what the process has
+    "memory": {"LOSSES": ("js, K = 10",), "CLASSES": (21_841,)},
     "stored": {"TEACHER": CHEAP, "BATCH": 16},
     # the teacher is drawn, which a run refuses unless it is told to trust it
     "views": {"command": lambda *words: main([*map(str, words), "--trust-teacher"], standalone_mode=False) or 1.0},

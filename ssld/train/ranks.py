@@ -14,7 +14,7 @@ from typing import IO
 import numpy as np
 
 from ssld.errors import RankError
-from ssld.watch import watch
+from ssld.watch import GRACE, watch
 
 WORD = 8
 """Bytes."""
@@ -45,7 +45,7 @@ class Meeting:
             self._say(leader, word)
             return self._hear(leader) == SAME
         # the others wait for rank 0 as long as it takes, for it evaluates and saves alone
-        with watch.awaiting(lambda: "the other ranks to take part in the next step"):
+        with watch.awaiting(lambda: "the other ranks to take part in the next step", GRACE):
             same = all([self._hear(line) == word for line in self._lines])
         for line in self._lines:
             self._say(line, SAME if same else OTHER)

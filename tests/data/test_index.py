@@ -246,7 +246,7 @@ def repacked(index: Index, **changed: object) -> bytes:
         {"labels": np.array([object()] * 3)},
         {"blob": np.zeros((), np.uint8)},
     ],
-    ids=str,
+    ids=lambda changed: " and ".join(f"{key} {value.dtype} {value.shape}" for key, value in changed.items()),
 )
 def test_a_sidecar_that_lies_is_passed_over(tmp_path: Path, changed: dict[str, np.ndarray]) -> None:
     """Its sha256 says that it is as it was written, not that it speaks the truth."""

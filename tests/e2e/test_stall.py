@@ -153,7 +153,11 @@ def test_a_rank_that_stands_still_ends_the_run(moody):
     os.kill(other, signal.SIGSTOP)
     said = ended(moody, process, time.monotonic())
     assert "the other ranks" in said
-    assert not runs(other)
+    # it is killed, and to give its memory back takes a moment
+    end = time.monotonic() + 10
+    while runs(other):
+        assert time.monotonic() < end
+        time.sleep(0.02)
     goes_on(moody)
 
 

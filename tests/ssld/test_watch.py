@@ -118,3 +118,13 @@ def test_the_time_for_which_a_process_is_suspended_does_not_count() -> None:
         time.sleep(4)
         os.kill(process.pid, signal.SIGCONT)
         assert process.stdout.read() == "done\n"
+
+
+def test_another_process_has_longer_to_say_itself_what_is_missing() -> None:
+    watch, met, theirs = Watch(), [], Watch()
+    with watch.on(0.2, met.append), watch.awaiting(lambda: "the other", 0.8):
+        # it began to wait a little later
+        time.sleep(0.2)
+        with theirs.on(0.2, met.append), theirs.awaiting(lambda: "its disk"):
+            until(lambda: len(met) == 2)
+    assert ["expected its disk" in str(met[0]), "expected the other" in str(met[1])] == [True, True]
