@@ -23,7 +23,7 @@ import safetensors.numpy
 from safetensors import SafetensorError
 
 from ssld import files
-from ssld.errors import CheckpointError, OutputError
+from ssld.errors import CheckpointError, OutputError, UnreadableError
 
 FORMAT = 1
 STUDENT = "student"
@@ -77,14 +77,14 @@ def latest(root: Path, report: Callable[[str], None]) -> Checkpoint | None:
     """The newest whole checkpoint by step number; None where none was ever saved.
 
     A damaged one is passed over, and `report` is told. Raises CheckpointError when all are damaged, since to begin
-    anew would hide the loss; and for one that another version of ssld wrote, which is not damaged: what went on from
-    an older one would take its place.
+    anew would hide the loss; and for one that cannot be read, or that another version of ssld wrote, which is not
+    damaged: what went on from an older one would take its place.
     """
     found = steps(root)
     for step in reversed(found):
         try:
             return load(directory(root, step))
-        except FormatError:
+        except (FormatError, UnreadableError):
             raise
         except CheckpointError as error:
             report(f"passed over the checkpoint of step {step:,}: {error}")
@@ -98,9 +98,10 @@ def latest(root: Path, report: Callable[[str], None]) -> Checkpoint | None:
 
 def steps(root: Path) -> list[int]:
     """The steps that have a checkpoint, damaged ones included, in rising order."""
-    if not root.is_dir():
-        return []
-    matches = (_STEP.fullmatch(path.name) for path in root.iterdir() if path.is_dir())
+    with files.readable(root):
+        if not root.is_dir():
+            return []
+        matches = [_STEP.fullmatch(path.name) for path in root.iterdir() if path.is_dir()]
     return sorted({int(match[1]) for match in matches if match})
 
 

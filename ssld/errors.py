@@ -4,6 +4,7 @@
     ├── RecipeError      2   a recipe, an option or the stage graph is wrong; nothing was spent
     ├── DataError       65   images, shards, labels or classes are not what was expected
     │   ├── CheckpointError  a checkpoint or a weights file is damaged or does not fit
+    │   │   └── UnreadableError  or cannot be read, which says nothing against it
     │   ├── LabelError       a file of soft labels is missing, damaged, or not the one it should be
     │   └── TeacherError     what a teacher returned, or how good it is, cannot be trusted
     ├── StallError      69   what a run waits for has not come in time
@@ -40,6 +41,10 @@ class DataError(SsldError):
 
 class CheckpointError(DataError):
     """A checkpoint or a weights file is damaged, or does not fit the network."""
+
+
+class UnreadableError(CheckpointError):
+    """What a run has written cannot be read, which says nothing against it: the next time it may be."""
 
 
 class LabelError(DataError):

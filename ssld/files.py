@@ -17,14 +17,18 @@ import json
 import os
 import secrets
 import shutil
+import tempfile
 import time
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ssld.errors import CheckpointError, OutputError, SsldError, StorageError
+from ssld.errors import CheckpointError, OutputError, SsldError, StorageError, UnreadableError
 
 MANIFEST = "manifest.json"
+ABANDONED = 3600.0
+"""Seconds after which nobody is still writing a file, for `sweep_old`."""
+_SCRATCH = "ssld-scratch-"
 _LITTER = (".tmp-", ".del-")
 _WAITING = ".new-"
 _FULL = {errno.ENOSPC, errno.EDQUOT}
@@ -192,20 +196,30 @@ def sweep(root: Path, depth: int, skip: Collection[str] = ()) -> list[Path]:
     return removed
 
 
-def sweep_old(directory: Path, seconds: float) -> list[Path]:
+def sweep_old(directory: Path, seconds: float, names: str = ".tmp-*") -> list[Path]:
     """Clear up in a directory that several processes write without a lock, and return what was removed.
 
-    seconds: since its last change; so long that whoever writes a file is surely done, or dead.
+    seconds: since its last change; so long that whoever writes a file is surely done, or dead; names: a pattern.
     """
     removed = []
     with reported(directory, 0):
-        for path in sorted(directory.glob(".tmp-*")):
+        for path in sorted(directory.glob(names)):
             # its writer may be done, or another process sweep here too, between any two of these calls
             with contextlib.suppress(FileNotFoundError):
-                if time.time() - path.lstat().st_mtime > seconds:
+                facts = path.lstat()
+                # what other users left is theirs to remove
+                if facts.st_uid == os.getuid() and time.time() - facts.st_mtime > seconds:
                     disk.remove(path)
                     removed.append(path)
     return removed
+
+
+@contextlib.contextmanager
+def scratch() -> Iterator[Path]:
+    """A directory for what other libraries want in files, removed in the end; after a kill, by the next one."""
+    sweep_old(Path(tempfile.gettempdir()), ABANDONED, f"{_SCRATCH}*")
+    with tempfile.TemporaryDirectory(prefix=_SCRATCH) as folder:
+        yield Path(folder)
 
 
 def writable(directory: Path) -> None:
@@ -356,14 +370,25 @@ def _entries(path: Path) -> dict[str, Entry]:
 
 
 def _read(path: Path) -> bytes:
+    with readable(path):
+        try:
+            return path.read_bytes()
+        except (FileNotFoundError, IsADirectoryError) as error:
+            raise CheckpointError(
+                f"expected {path}, found no such file: {path.parent} is not a whole checkpoint"
+            ) from error
+
+
+@contextlib.contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Turn an OSError of reading into one of ours, which never means that what is there is damaged."""
     try:
-        return path.read_bytes()
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"expected {path}, found no such file: {path.parent} is not a whole checkpoint"
-        ) from error
+        yield
     except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+        raise UnreadableError(
+            f"cannot read {error.filename or path}: {error.strerror or error}; give this user the right to read it, or "
+            "check the disk, then start again: nothing was changed"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,13 +26,16 @@ from ssld.contracts import Model, State, Task
 from ssld.data.transforms import Pipeline
 from ssld.environment import environment
 from ssld.errors import CheckpointError, OutputError, StorageError
-from ssld.files import disk, move, reported, sweep, writable, write_atomic
+from ssld.files import disk, move, readable, reported, sweep, writable, write_atomic
 from ssld.graph import Node
 from ssld.watch import watch
+from ssld.wording import cut
 
 LABELS = "labels.store"
 OWN = ("recipe.yaml", "run.json", "run.lock", "train.log", "metrics.jsonl", LABELS)
 """The files of a run that are there before its first stage."""
+STATE = {"fingerprint": str, "basis": dict, "finished": bool, "metrics": dict, "facts": dict, "model": dict}
+"""What a stage says of itself in a checkpoint, beside what is for people."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +50,23 @@ class Options:
     """Seconds that an image, a teacher's answer, a step or a checkpoint may take; 0 for any time."""
 
     def __post_init__(self) -> None:
-        seconds = self.stall_timeout
-        if not isinstance(seconds, int | float) or not 0 <= seconds < math.inf:
-            raise ValueError(f"stall_timeout: expected seconds, 0 or more, got {seconds!r}")
+        for name, right, wanted in (
+            ("device", isinstance(self.device, str), "text"),
+            ("limit", self.limit is None or _counts(self.limit), "a number of images, 1 or more"),
+            ("trust_teacher", isinstance(self.trust_teacher, bool), "true or false"),
+            ("nproc", _counts(self.nproc), "a number of processes, 1 or more"),
+            ("stall_timeout", _lasts(self.stall_timeout), "seconds, 0 or more"),
+        ):
+            if not right:
+                raise ValueError(f"{name}: expected {wanted}, got {getattr(self, name)!r}")
+
+
+def _counts(value: object) -> bool:
+    return type(value) is int and value > 0
+
+
+def _lasts(value: object) -> bool:
+    return type(value) in (int, float) and 0 <= value < math.inf  # type: ignore[operator]
 
 
 @dataclass(frozen=True)
@@ -80,14 +98,16 @@ class RunDirectory:
         return cls(Path(out) if out is not None else Path("runs") / name)
 
     def exists(self) -> bool:
-        return all((self.path / name).is_file() for name in ("recipe.yaml", "run.json"))
+        with readable(self.path):
+            return all((self.path / name).is_file() for name in ("recipe.yaml", "run.json"))
 
     def claim(self) -> None:
         """Make sure that the directory can be written and is a run's, or empty. Raises OutputError.
 
         What is no run is not touched: somebody may have named a directory of their own by mistake.
         """
-        strangers = [] if self.exists() or not self.path.is_dir() else sorted(self._strangers())
+        with readable(self.path):
+            strangers = [] if self.exists() or not self.path.is_dir() else sorted(self._strangers())
         if strangers:
             raise OutputError(
                 f"{self.path}: expected a run or an empty directory, got one that holds {', '.join(strangers[:3])}"
@@ -118,20 +138,23 @@ class RunDirectory:
 
     def recorded(self) -> tuple[recipe.Recipe, Options]:
         """The recipe and options with which this run began."""
-        try:
-            options = Options(**json.loads((self.path / "run.json").read_text()))
-        except (OSError, ValueError, TypeError, RecursionError) as error:
-            raise CheckpointError(
-                f"{self.path / 'run.json'}: expected the options of the run, got {error}; start it again with ssld run"
-            ) from error
-        return recipe.read_recipe(self.path / "recipe.yaml"), options
+        return recipe.read_recipe(self.path / "recipe.yaml"), self._options()
 
     def options(self) -> Options:
-        """Those with which the run began; the defaults where there is none, or none whose options can be read."""
+        """Those with which the run began; the defaults where there is none."""
+        return self._options() if self.exists() else Options()
+
+    def _options(self) -> Options:
+        path = self.path / "run.json"
         try:
-            return self.recorded()[1] if self.exists() else Options()
-        except CheckpointError:
-            return Options()
+            with readable(path), suppress(FileNotFoundError):
+                return Options(**json.loads(path.read_bytes()))
+            raise ValueError("no such file")
+        except (ValueError, TypeError, RecursionError) as error:
+            raise CheckpointError(
+                f"{path}: expected the options of the run, got: {error}; restore it, or write {{}} into it for the "
+                f"defaults"
+            ) from error
 
     def labels(self, node: Node) -> Path:
         """Where the soft labels of a stage are kept."""
@@ -143,9 +166,10 @@ class RunDirectory:
 
     def status(self, node: Node, report: Callable[[str], None]) -> Status:
         """Compare what is on disk with what the plan wants. Damaged checkpoints are named through report."""
-        found = checkpoint.latest(self.stage(node), report) if self.stage(node).is_dir() else None
+        found = checkpoint.latest(self.stage(node), report)
         if found is None:
             return Status("new", "not run yet")
+        _expect_state(found)
         if found.state["fingerprint"] != node.fingerprint:
             return Status(
                 "changed", "; ".join(recipe.differences(brief(found.state["basis"]), brief(node.basis))), found
@@ -164,11 +188,6 @@ class RunDirectory:
 
         Raises StorageError where the run is gone: a checkpoint in its place would belong to no run.
         """
-        if not self.exists():
-            raise StorageError(
-                f"cannot write step {state.step} of {node.name}: expected the run in {self.path}, got none: it was "
-                "removed or moved meanwhile; go on from where it is now with ssld resume --out DIR"
-            )
         facts = {
             "stage": node.name,
             "fingerprint": node.fingerprint,
@@ -182,6 +201,11 @@ class RunDirectory:
             "environment": environment(),
         }
         with watch.awaiting(lambda: f"step {state.step} to be written to {self.stage(node)}"):
+            if not self.exists():
+                raise StorageError(
+                    f"cannot write step {state.step} of {node.name}: expected the run in {self.path}, got none: it was "
+                    "removed or moved meanwhile; go on from where it is now with ssld resume --out DIR"
+                )
             tensors = {"student": state.weights, "optimizer": state.optimizer}
             checkpoint.save(self.stage(node), state.step, tensors, facts)
             self.tidy(node, state.step, state.facts)
@@ -230,6 +254,16 @@ class RunDirectory:
         for node in reversed(there):
             move(self.stage(node), target / node.name)
         return target, len(there)
+
+
+def _expect_state(found: checkpoint.Checkpoint) -> None:
+    """Raises CheckpointError for a state that no stage has written."""
+    for key, kind in STATE.items():
+        if not isinstance(found.state.get(key), kind):
+            raise CheckpointError(
+                f"{found.path}: expected the state of a stage with its {key}, got {cut(found.state.get(key))}; restore "
+                "it, or delete it"
+            )
 
 
 def brief(value: Any) -> Any:

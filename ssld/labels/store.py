@@ -26,14 +26,13 @@ from ssld.data.samples import Samples, digest
 from ssld.data.transforms import Pipeline
 from ssld.environment import environment
 from ssld.errors import DataError, LabelError
-from ssld.files import commit_exclusive, disk, reported, sweep_old, write_atomic
+from ssld.files import ABANDONED, commit_exclusive, disk, reported, sweep_old, write_atomic
 from ssld.labels.format import QUANTIZER, Packed, decode, encode
+from ssld.watch import watch
 
 FORMAT = 1
 DESCRIPTION = "labels.json"
 SUFFIX = ".safetensors"
-ABANDONED = 3600.0
-"""Seconds after which a file that is being written belongs to nobody: writing one takes well under a second."""
 MADE_WITH = ("machine", "cpu", "python", "ssld", "numpy", "pillow")
 
 
@@ -146,8 +145,9 @@ class Store:
 
         shards_left: to be written, this one included, for the message of a full disk.
         """
-        data = encode(self._header(samples, shard, probe), packed)
-        return commit_exclusive(self.file(samples, shard), data, len(data) * shards_left)
+        data, path = encode(self._header(samples, shard, probe), packed), self.file(samples, shard)
+        with watch.awaiting(lambda: f"soft labels to be written to {path}"):
+            return commit_exclusive(path, data, len(data) * shards_left)
 
     def load(self, samples: Samples, shard: int) -> Labels:
         """The labels of a shard, after every byte was checked.
@@ -155,7 +155,9 @@ class Store:
         Raises LabelError for a file that is not there, is damaged, or is not what its name says; DataError for one
         that cannot be read, which says nothing against it.
         """
-        return self._read(self.file(samples, shard), samples, shard)
+        path = self.file(samples, shard)
+        with watch.awaiting(lambda: f"soft labels to be read from {path}"):
+            return self._read(path, samples, shard)
 
     def _read(self, path: Path, samples: Samples, shard: int) -> Labels:
         try:
@@ -191,6 +193,10 @@ class Store:
                     disk.replace(aside, path)
                 except LabelError:
                     disk.remove(aside)
+                except DataError:
+                    # which says nothing against it
+                    disk.replace(aside, path)
+                    raise
 
     def _header(self, samples: Samples, shard: int, probe: Probe | None) -> dict[str, Any]:
         """What a label file says of itself."""

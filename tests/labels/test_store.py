@@ -410,6 +410,9 @@ def test_a_file_that_cannot_be_read_is_no_damage(tmp_path, open_pool, monkeypatc
         raise OSError(errno.EMFILE, "Too many open files")
 
     monkeypatch.setattr(Path, "read_bytes", refuse)
-    with pytest.raises(DataError, match="expected to read soft labels, got: Too many open files") as caught:
-        store.load(pool, 0)
-    assert not isinstance(caught.value, LabelError)
+    before = sorted(store.directory.iterdir())
+    for ask in (store.load, store.drop_damaged):
+        with pytest.raises(DataError, match="expected to read soft labels, got: Too many open files") as caught:
+            ask(pool, 0)
+        assert not isinstance(caught.value, LabelError)
+        assert sorted(store.directory.iterdir()) == before

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -256,6 +257,31 @@ def test_sweep_old_removes_what_is_being_written_no_longer(tmp_path: Path) -> No
     assert files.sweep_old(tmp_path, 3600) == [tmp_path / ".tmp-dead"]
     assert names(tmp_path) == [".del-other", ".tmp-alive", "labels"]
     assert files.sweep_old(tmp_path / "missing", 3600) == []
+
+
+def test_sweep_old_leaves_other_names_and_other_users_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (".tmp-a", ".tmp-b"):
+        (tmp_path / name).touch()
+    assert files.sweep_old(tmp_path, -1, ".tmp-b*") == [tmp_path / ".tmp-b"]
+    monkeypatch.setattr(os, "getuid", lambda: (tmp_path / ".tmp-a").stat().st_uid + 1)
+    assert files.sweep_old(tmp_path, -1) == []
+    assert names(tmp_path) == [".tmp-a"]
+
+
+def test_scratch_is_gone_afterwards_and_with_it_what_a_killed_process_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with files.scratch() as folder:
+        (folder / "weights").touch()
+    assert names(tmp_path) == []
+    for name, age in {"ssld-scratch-alive": 60, "ssld-scratch-dead": 7200, "ssld-data": 7200}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights").touch()
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    with files.scratch():
+        assert not (tmp_path / "ssld-scratch-dead").exists()
+    assert names(tmp_path) == ["ssld-data", "ssld-scratch-alive"]
 
 
 def test_sweep_old_takes_no_notice_of_who_was_faster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ import pytest
 from ssld import checkpoint, crew, engine, plugins, threads
 from ssld.contracts import Outcome, State, Task
 from ssld.environment import RANKS
-from ssld.errors import Interrupted, RankError, RecipeError
+from ssld.errors import CheckpointError, Interrupted, RankError, RecipeError
 
 SHAPES = "builtin:shapes?size=16&classes=4&"
 STAGE = {"kind": "pretrain", "network": "MobileNetV3_small_x0_35", "data": "labeled", "epochs": 2, "batch_size": 8}
@@ -141,7 +141,7 @@ def test_what_another_launcher_says_of_ranks_counts_for_nothing(gathered, monkey
 @pytest.mark.parametrize("go_on", [engine.resume, run])
 def test_fewer_ranks_than_one_are_refused(gathered, go_on, count):
     stop_in_the_first_stage()
-    with pytest.raises(RecipeError, match=rf"nproc: expected at least 1 process, got {count}$"):
+    with pytest.raises(RecipeError, match=rf"nproc: expected a number of processes, 1 or more, got {count}$"):
         go_on(nproc=count)
     assert (gathered, recorded()) == ([1], 1)
 
@@ -203,9 +203,13 @@ def test_what_is_not_to_be_done_yet_needs_no_feeding(gathered):
     assert gathered == [2, 2, 1]
 
 
-def test_a_run_whose_options_are_damaged_starts_again_as_the_message_says(gathered):
+def test_a_run_whose_options_are_damaged_has_the_defaults_only_when_told(gathered):
+    """Another number of ranks gives other bits."""
     stop_in_the_first_stage(nproc=2)
     (RUN / "run.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"run\.json: expected the options of the run, .* write {} into it"):
+        run()
+    (RUN / "run.json").write_text("{}")
     run()
     assert gathered[-1] == 1
 

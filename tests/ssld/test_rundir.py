@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import shutil
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 from ssld import checkpoint, files
 from ssld.contracts import Model, State
 from ssld.data.transforms import Pipeline
-from ssld.errors import CheckpointError, OutputError, StorageError
+from ssld.errors import CheckpointError, OutputError, StorageError, UnreadableError
 from ssld.graph import make_plan
 from ssld.recipe import dump, read_recipe
 from ssld.rundir import Options, RunDirectory, result_of, state_of
@@ -86,15 +87,34 @@ def test_a_run_records_its_recipe_and_options(fresh, tmp_path, node):
     assert fresh.recorded() == (written, options)
 
 
-@pytest.mark.parametrize("content", [None, "{", "[1]", '{"device": "cpu", "speed": 9}', "null"])
-def test_options_that_cannot_be_read_are_named(fresh, tmp_path, content):
-    fresh.path.mkdir()
-    fresh.begin(RECIPE, Options())
-    (fresh.path / "run.json").unlink()
+@pytest.mark.parametrize(
+    ("content", "got"),
+    [
+        (None, "no such file"),
+        ("{", "Expecting"),
+        ("[1]", "mapping"),
+        ('{"device": "cpu", "speed": 9}', "speed"),
+        ("null", "mapping"),
+        ('{"device": 1}', "device: expected text, got 1"),
+        ('{"limit": "x"}', "limit: expected a number of images, 1 or more, got 'x'"),
+        ('{"limit": 0}', "limit: expected a number of images, 1 or more, got 0"),
+        ('{"nproc": "2"}', "nproc: expected a number of processes, 1 or more, got '2'"),
+        ('{"nproc": true}', "nproc: expected a number of processes, 1 or more, got True"),
+        ('{"trust_teacher": "no"}', "trust_teacher: expected true or false, got 'no'"),
+        ('{"stall_timeout": "x"}', "stall_timeout: expected seconds, 0 or more, got 'x'"),
+        ('{"stall_timeout": -1}', "stall_timeout: expected seconds, 0 or more, got -1"),
+        ('{"stall_timeout": NaN}', "stall_timeout: expected seconds, 0 or more, got nan"),
+        ('{"stall_timeout": Infinity}', "stall_timeout: expected seconds, 0 or more, got inf"),
+    ],
+)
+def test_options_that_are_none_are_named_with_a_remedy_that_works(run, content, got):
+    (run.path / "run.json").unlink()
     if content is not None:
-        (fresh.path / "run.json").write_text(content)
-    with pytest.raises(CheckpointError, match=r"run\.json: expected the options of the run, got .*ssld run"):
-        fresh.recorded()
+        (run.path / "run.json").write_text(content)
+    with pytest.raises(CheckpointError, match=rf"run\.json: expected the options of the run, got: .*{got}.*{{}}"):
+        run.recorded()
+    (run.path / "run.json").write_text("{}")
+    assert run.options() == run.recorded()[1] == Options()
 
 
 def test_a_stage_is_new_then_stopped_then_finished(run, node, status):
@@ -173,6 +193,50 @@ def test_a_damaged_checkpoint_is_reported_and_passed_over(run, node):
     assert (found.kind, found.checkpoint.step) == ("resume", 1)
     assert len(reports) == 1
     assert "step 2" in reports[0]
+
+
+@pytest.mark.parametrize("key", ["fingerprint", "basis", "finished", "metrics", "facts", "model"])
+def test_a_state_that_no_stage_has_written_is_refused(run, node, key):
+    run.save(node, TASK, state(1))
+    whole = checkpoint.latest(run.stage(node), pytest.fail).state
+    checkpoint.save(run.stage(node), 2, {}, {name: value for name, value in whole.items() if name != key})
+    with pytest.raises(CheckpointError, match=f"step-00000002: expected the state of a stage with its {key}, got None"):
+        run.status(node, pytest.fail)
+
+
+READS = {"a file": "read_bytes", "a directory": "iterdir"}
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.EACCES, errno.EMFILE, errno.ESTALE])
+@pytest.mark.parametrize("way", READS)
+def test_what_cannot_be_read_now_is_neither_passed_over_nor_removed(run, node, monkeypatch, code, way):
+    """Each reading of a start fails in turn; the next start finds what was there."""
+    for step in (1, 2, 3):
+        run.save(node, TASK, state(step))
+    before, whole, count = steps(run, node), getattr(Path, READS[way]), 0
+
+    def looked_at(failing):
+        seen = 0
+
+        def read(path):
+            nonlocal seen
+            seen += 1
+            if seen == failing:
+                raise OSError(code, os.strerror(code), str(path))
+            return whole(path)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, READS[way], read)
+            found = run.status(node, pytest.fail)
+            run.tidy(node, found.checkpoint.step, found.checkpoint.state["facts"])
+        return seen
+
+    for count in range(1, looked_at(None) + 1):
+        with pytest.raises((UnreadableError, StorageError, OutputError), match=os.strerror(code)):
+            looked_at(count)
+        assert steps(run, node) == before
+    assert count
+    assert run.status(node, pytest.fail).checkpoint.step == 3
 
 
 def test_what_was_just_saved_stays_when_a_later_one_is_damaged(run, node):
@@ -367,11 +431,3 @@ def test_what_a_start_wrote_is_taken_back(run):
     assert not run.exists()
     run.forget()
     assert list(run.path.iterdir()) == []
-
-
-@pytest.mark.parametrize("seconds", ['"x"', "-1", "NaN", "Infinity"])
-def test_a_time_that_is_none_is_refused_with_the_file(tmp_path, seconds):
-    (tmp_path / "recipe.yaml").write_text("name: x\n")
-    (tmp_path / "run.json").write_text(f'{{"stall_timeout": {seconds}}}')
-    with pytest.raises(CheckpointError, match=r"run\.json: expected .*stall_timeout: expected seconds, 0 or more"):
-        RunDirectory(tmp_path).recorded()
