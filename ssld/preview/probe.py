@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
@@ -22,6 +21,7 @@ from ssld.data.loader import Batch, Damage, Replay, training_batches, view_batch
 from ssld.data.transforms import normalize
 from ssld.engine import overview
 from ssld.errors import RankError
+from ssld.files import scratch
 from ssld.graph import Node, make_plan, model, pipeline
 from ssld.journal import Journal
 from ssld.members import Members, who
@@ -156,8 +156,8 @@ class Probe:
         if count < 2 or self.members.options.device != "cpu":
             return costs
         self.budget = Budget(len(batches), ON_RANKS)
-        with tempfile.TemporaryDirectory(prefix="ssld-") as scratch:
-            run = RunDirectory(Path(scratch))
+        with scratch() as folder:
+            run = RunDirectory(folder)
             run.begin(dump(self.plan.recipe), replace(self.members.options, nproc=count))
             try:
                 with threads.shared_by(count), Crew(run.path, count, self.journal.note) as crew:

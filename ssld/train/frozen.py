@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import os
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +16,7 @@ from paddle.base import core
 from paddle.nn import functional
 
 from ssld.errors import DataError, RecipeError, SsldError
+from ssld.files import scratch
 from ssld.threads import of_step, share
 from ssld.train.linear import Linear
 
@@ -141,8 +140,8 @@ class _Program:
         """The program with the weights of this layer; with those that it has where there is None."""
         for own, new in zip(_tensors(self._traced), _tensors(layer), strict=True) if layer is not None else ():
             own.set_value(new)
-        with tempfile.TemporaryDirectory(prefix="ssld-") as folder:
-            path = os.path.join(folder, "frozen")
+        with scratch() as folder:
+            path = str(folder / "frozen")
             paddle.jit.save(self._traced, path)
             config = inference.Config(f"{path}.json", f"{path}.pdiparams")
             config.disable_glog_info()
