@@ -6,7 +6,7 @@ check:  ## what takes seconds: style, and the import law
 	pytest tests/test_layers.py tests/test_entry_points.py tests/test_docs.py
 
 test:
-	pytest
+	pytest -n 2
 
 soak:  ## the long campaigns of faults
 	pytest -m soak

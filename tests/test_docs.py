@@ -98,6 +98,18 @@ def test_every_command_shows_an_example_of_itself() -> None:
         assert {call[: len(words)] for call in calls} == {words}
 
 
+def test_every_fault_has_tests_that_there_are_or_a_reason() -> None:
+    rows = [
+        line.split(" | ") for line in (ROOT / "docs" / "faults.md").read_text("utf-8").splitlines() if line[:2] == "| "
+    ]
+    assert len(rows) > 48
+    for fault, answer, tests in rows[1:]:
+        named = re.findall(r"`([\w/]+\.py)::(\w+)`", tests)
+        assert bool(named) != answer.startswith("none: "), fault
+        for file, function in named:
+            assert f"\ndef {function}(" in (ROOT / "tests" / file).read_text("utf-8"), f"{fault}: {file}::{function}"
+
+
 def exit_codes() -> set[int]:
     """Those of all errors, and of an end by a signal after the state was saved."""
     known = [errors.SsldError]
