@@ -16,10 +16,10 @@ import numpy as np
 from PIL import Image
 from webdataset import TarWriter
 
+from ssld.data.classes import CLASSES_FILE
 from ssld.data.images import FORMATS, decode
 from ssld.data.index import SIDECAR, index_shard, join
 from ssld.data.samples import Samples
-from ssld.data.sources import CLASSES_FILE
 from ssld.errors import DataError, OutputError, RecipeError, StorageError
 from ssld.files import disk
 
