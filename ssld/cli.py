@@ -2,53 +2,100 @@
 
 from __future__ import annotations
 
+import io
 import json
 import signal
+import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
 import ssld
-from ssld.errors import LabelError, SsldError
-from ssld.terminal import occupy, plain, say, show
+from ssld.errors import Interrupted, LabelError, SsldError
+from ssld.terminal import ask, give, giving, occupy, show, tell
 
-RECIPE_OPTIONS = (
-    click.argument("recipe"),
-    click.option(
-        "-o", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the recipe; repeatable."
-    ),
-    click.option("--limit", type=click.IntRange(min=1), help="A smoke run: at most so many images of each set."),
-)
+SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True}
+PATH = click.Path(path_type=Path)
+DEVICE = partial(click.option, "--device", type=click.Choice(["cpu", "gpu"]), default="cpu")
+TRUST = click.option("--trust-teacher", is_flag=True, help="Go on with a teacher that is no better than chance.")
 NPROC = click.option(
     "--nproc",
     type=click.IntRange(min=1),
     help="Processes that train together, sharing every batch; kept by the run, at first 1.",
 )
-
 STALL = click.option(
     "--stall-timeout",
     type=click.FloatRange(min=0),
     metavar="SECONDS",
     help="End where an image, an answer, a step or a save takes longer, 0: never; kept by the run, at first 600.",
 )
+RECIPE = (
+    click.argument("recipe"),
+    click.option(
+        "-o", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the recipe; repeatable."
+    ),
+    click.option("--limit", type=click.IntRange(min=1), help="A smoke run: at most so many images of each set."),
+    click.option("--out", type=PATH, help="The run directory; runs/NAME when left out."),
+)
 
 
-class Commands(click.Group):
-    """Shows an SsldError as one message and ends with its exit code; a defect of ssld keeps its traceback."""
+def with_recipe(command: Callable[..., None]) -> Callable[..., None]:
+    """The argument and options of every command that reads a recipe."""
+    for option in reversed(RECIPE):
+        command = option(command)
+    return command
 
-    def invoke(self, ctx: click.Context) -> Any:
+
+class Command(click.Command):
+    """Its help is an example and what it does; a list of commands has the first sentence of that, or `short_help`."""
+
+    def make_context(self, *arguments: Any, **options: Any) -> click.Context:
+        # click itself writes --help and --version
+        with giving():
+            return super().make_context(*arguments, **options)
+
+    def get_short_help_str(self, limit: int = 45) -> str:
+        said = " ".join((self.help or "").split("\n\n")[1].split())
+        return self.short_help or said.partition(". ")[0].removesuffix(".") + "."
+
+
+class Commands(Command, click.Group):
+    """Shows an error as one message and ends with its exit code; a defect of ssld keeps its traceback."""
+
+    command_class = Command
+    group_class = type
+
+    def main(self, *words: Any, **options: Any) -> Any:
         occupy()
         try:
-            return super().invoke(ctx)
+            code = super().main(*words, **{**options, "standalone_mode": False})
         except SsldError as error:
-            for line in (f"Error: {error}", *getattr(error, "__notes__", ())):
-                say(plain(line))
-            ctx.exit(error.exit_code)
-        except KeyboardInterrupt:
-            click.echo("Error: interrupted; nothing that was committed is lost", err=True)
-            ctx.exit(128 + signal.SIGINT)
+            tell(f"Error: {error}", *getattr(error, "__notes__", ()))
+            code = error.exit_code
+        except click.ClickException as error:
+            said = io.StringIO()
+            error.show(said)
+            tell(said.getvalue(), end="")
+            code = error.exit_code
+        except click.Abort:
+            tell("Aborted!")
+            code = 1
+        except Exception as error:
+            error.add_note("This is a defect of ssld: report it with these lines. What was committed stays.")
+            raise
+        if options.get("standalone_mode", True):
+            sys.exit(code)
+        return code
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            message = "interrupted; nothing that was committed is lost"
+            raise Interrupted(message, 128 + signal.SIGINT) from error
 
 
 def part_of(context: click.Context, option: click.Parameter, value: str) -> tuple[int, int]:
@@ -59,14 +106,14 @@ def part_of(context: click.Context, option: click.Parameter, value: str) -> tupl
     return int(number), int(of)
 
 
-def with_recipe(command: Callable[..., None]) -> Callable[..., None]:
-    """The argument and options of every command that reads a recipe."""
-    for option in reversed(RECIPE_OPTIONS):
-        command = option(command)
-    return command
+def finish(result: ssld.Overview) -> None:
+    """The closing table."""
+    if not result.fresh:
+        tell(f"{result.directory} is finished already; nothing was run")
+    show(*result.table())
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(cls=Commands, context_settings=SETTINGS)
 @click.version_option(ssld.__version__, prog_name="ssld")
 def main() -> None:
     """Distil a big image classifier into a small one on unlabeled images.
@@ -77,15 +124,14 @@ def main() -> None:
     """
 
 
-@main.command(short_help="Do what a recipe says, or go on where an earlier run of it stopped.")
+@main.command()
 @with_recipe
-@click.option("--out", type=click.Path(path_type=Path), help="The run directory; runs/NAME when left out.")
-@click.option("--device", type=click.Choice(["cpu", "gpu"]), default="cpu", show_default=True)
+@DEVICE()
 @click.option("--until", metavar="STAGE", help="Stop after this stage (number or name).")
 @NPROC
 @STALL
 @click.option("--rerun", is_flag=True, help="Do again what a changed recipe affects; old results move to attempt.N.")
-@click.option("--trust-teacher", is_flag=True, help="Go on with a teacher that is no better than chance.")
+@TRUST
 def run(recipe: str, out: Path | None, overrides: tuple[str, ...], **options: Any) -> None:
     """\b
     Examples:
@@ -97,9 +143,9 @@ def run(recipe: str, out: Path | None, overrides: tuple[str, ...], **options: An
     finish(ssld.run(recipe, out, overrides=overrides, **options))
 
 
-@main.command(short_help="Go on exactly where a run stopped, or start again from one of its stages.")
+@main.command()
 @click.option("--stage", help="Start again from this stage (number or name); what comes before stays.")
-@click.option("--out", type=click.Path(path_type=Path), help="The run directory; the newest under runs/ when left out.")
+@click.option("--out", type=PATH, help="The run directory; the newest under runs/ when left out.")
 @NPROC
 @STALL
 def resume(out: Path | None, **options: Any) -> None:
@@ -113,24 +159,10 @@ def resume(out: Path | None, **options: Any) -> None:
     finish(ssld.resume(out, **options))
 
 
-def finish(result: ssld.Overview) -> None:
-    """The closing table."""
-    if not result.fresh:
-        click.echo(f"{result.directory} is finished already; nothing was run", err=True)
-    show(*result.table())
-
-
-def remark(overview: ssld.Overview) -> None:
-    """Damage that was met, on standard error."""
-    for line in overview.remarks:
-        click.echo(plain(line), err=True)
-
-
-@main.command(short_help="Show the stages in order, the numbers that are derived, and what would run, and why.")
+@main.command()
 @with_recipe
-@click.option("--out", type=click.Path(path_type=Path), help="The run directory; runs/NAME when left out.")
 @click.option("--measure", is_flag=True, help="Try for at most a minute what each stage will take in time and disk.")
-@click.option("--device", type=click.Choice(["cpu", "gpu"]), default="cpu", show_default=True, help="To measure on.")
+@DEVICE(help="To measure on.")
 def plan(
     recipe: str, out: Path | None, overrides: tuple[str, ...], limit: int | None, measure: bool, device: str
 ) -> None:
@@ -142,24 +174,23 @@ def plan(
     Show the stages in order, the numbers that are derived, and what would run, and why. Writes only the index cache.
     """
     overview = ssld.plan(recipe, out, overrides=overrides, limit=limit)
-    remark(overview)
+    tell(*overview.remarks)
     show(*overview.forecast())
     if measure:
         from ssld.preview.costs import advice, table
         from ssld.preview.probe import measure as probe
 
-        click.echo("measuring, for at most a minute", err=True)
+        tell("measuring, for at most a minute")
         costs = probe(recipe, out, overrides=overrides, device=device, limit=limit)
-        click.echo()
+        give("")
         show(*table(costs))
         if words := advice(costs):
-            click.echo(f"\n{words}")
+            give(f"\n{words}")
 
 
 @main.command(short_help="Say how good the teachers are, before anything is spent.")
 @with_recipe
-@click.option("--out", type=click.Path(path_type=Path), help="The run directory; runs/NAME when left out.")
-@click.option("--device", type=click.Choice(["cpu", "gpu"]), default="cpu", show_default=True)
+@DEVICE()
 def check(recipe: str, out: Path | None, device: str, **options: Any) -> None:
     """\b
     Example:
@@ -173,30 +204,21 @@ def check(recipe: str, out: Path | None, device: str, **options: Any) -> None:
 
     use_device(device)
     report = examine_all(recipe, out, device=device, **options)
-    for line in report.remarks:
-        click.echo(line, err=True)
+    tell(*report.remarks)
     show(*report.table())
     for found in report.examined:
         if found.finding:
-            click.echo(f"\n{found.finding}")
+            give(f"\n{found.finding}")
             show(*found.table())
     report.raise_faults()
 
 
-@main.command(short_help="Make the soft labels that a recipe keeps, without training.")
+@main.command()
 @with_recipe
-@click.option("--out", type=click.Path(path_type=Path), help="The run directory; runs/NAME when left out.")
 @click.option("--stage", help="Of this stage only (number or name).")
-@click.option(
-    "--part",
-    callback=part_of,
-    metavar="I/N",
-    default="1/1",
-    show_default=True,
-    help="The I-th of N slices of the shards.",
-)
-@click.option("--device", type=click.Choice(["cpu", "gpu"]), default="cpu", show_default=True)
-@click.option("--trust-teacher", is_flag=True, help="Go on with a teacher that is no better than chance.")
+@click.option("--part", callback=part_of, metavar="I/N", default="1/1", help="The I-th of N slices of the shards.")
+@DEVICE()
+@TRUST
 @STALL
 def label(recipe: str, out: Path | None, overrides: tuple[str, ...], **options: Any) -> None:
     """\b
@@ -208,7 +230,7 @@ def label(recipe: str, out: Path | None, overrides: tuple[str, ...], **options: 
     from ssld.engine import label as make
 
     done = make(recipe, out, overrides=overrides, **options)
-    rows = [(item.stage, item.who, str(item.written), str(item.missing), str(item.directory)) for item in done]
+    rows = [(item.stage, item.who, item.written, item.missing, item.directory) for item in done]
     show(("stage", "teacher", "shards written", "missing", "labels"), rows)
 
 
@@ -223,7 +245,7 @@ def labels() -> None:
 
 
 @labels.command(short_help="Show what is kept: teacher, views, files, bytes.")
-@click.argument("place", type=click.Path(path_type=Path))
+@click.argument("place", type=PATH)
 def info(place: Path) -> None:
     """\b
     Example:
@@ -237,29 +259,18 @@ def info(place: Path) -> None:
     rows = []
     for kept in kept_at(place):
         made: dict[str, Any] = next((header["made"] for _, header, _ in kept.headers() if header), {})
-        about = kept.about
-        pixels, steps = about["transform"]["size"], about["transform"]["steps"]
-        rows.append(
-            (
-                kept.directory.name,
-                str(made.get("teacher", "")),
-                str(made.get("engine", "")),
-                f"{pixels} px, {', '.join(name for step in steps for name in step)}",
-                str(about["views"]),
-                str(about["top_k"]),
-                f"{about['temperature']:g}",
-                str(len(kept.files)),
-                size(kept.bytes),
-            )
-        )
+        about, drawn = kept.about, kept.about["transform"]
+        views = f"{drawn['size']} px, {', '.join(name for step in drawn['steps'] for name in step)}"
+        numbers = (about["views"], about["top_k"], f"{about['temperature']:g}", len(kept.files), size(kept.bytes))
+        rows.append((kept.directory.name, made.get("teacher", ""), made.get("engine", ""), views, *numbers))
     header = ("labels", "teacher", "engine", "views of", "views", "top-k", "temperature", "files", "size")
     show(header, rows)
 
 
 @labels.command(short_help="Check every byte, and ask the teacher again about a sample.")
-@click.argument("place", type=click.Path(path_type=Path))
-@click.option("--run", type=click.Path(path_type=Path), help="A run that uses the labels; the one they lie in.")
-@click.option("--tolerance", type=float, default=1e-3, show_default=True, help="Largest mean KL divergence, in nats.")
+@click.argument("place", type=PATH)
+@click.option("--run", type=PATH, help="A run that uses the labels; the one they lie in.")
+@click.option("--tolerance", type=float, default=1e-3, help="Largest mean KL divergence, in nats.")
 def verify(place: Path, run: Path | None, tolerance: float) -> None:
     """\b
     Example:
@@ -271,14 +282,14 @@ def verify(place: Path, run: Path | None, tolerance: float) -> None:
     from ssld.verification import kept_at, verify_all
 
     run = place if run is None and RunDirectory(place).exists() else run
-    rows, faults = verify_all(kept_at(place), run, tolerance, lambda line: click.echo(line, err=True))
+    rows, faults = verify_all(kept_at(place), run, tolerance, tell)
     show(("labels", "files", "images asked", "views", "same top-1", "KL", "largest difference"), rows)
     if faults:
         raise LabelError("\n  ".join([f"{len(faults)} faults:", *faults]))
 
 
 @labels.command(short_help="Remove soft labels.")
-@click.argument("place", type=click.Path(path_type=Path))
+@click.argument("place", type=PATH)
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def rm(place: Path, yes: bool) -> None:
     """\b
@@ -292,15 +303,15 @@ def rm(place: Path, yes: bool) -> None:
 
     found = kept_in(place)
     total = sum(kept.bytes for kept in found)
-    if not yes:
-        click.confirm(f"remove {len(found)} directories of labels, {size(total)}, in {place}?", abort=True, err=True)
+    if not yes and not ask(f"remove {len(found)} directories of labels, {size(total)}, in {place}?"):
+        raise click.Abort
     for kept in found:
         remove(kept)
-    click.echo(f"removed {len(found)} directories of labels, {size(total)}")
+    give(f"removed {len(found)} directories of labels, {size(total)}")
 
 
-@main.command(short_help="Show where each stage of a run stands.")
-@click.argument("directory", required=False, type=click.Path(path_type=Path))
+@main.command()
+@click.argument("directory", required=False, type=PATH)
 def status(directory: Path | None) -> None:
     """\b
     Example:
@@ -309,11 +320,11 @@ def status(directory: Path | None) -> None:
     Show where each stage of a run stands.
     """
     overview = ssld.status(directory)
-    remark(overview)
+    tell(*overview.remarks)
     show(*overview.table())
 
 
-@main.command("list", short_help="List what is installed: name, distribution and version.")
+@main.command("list")
 @click.argument("what", type=click.Choice(["teachers", "students", "stages", "losses", "recipes"]))
 def list_(what: str) -> None:
     """\b
@@ -332,12 +343,12 @@ def list_(what: str) -> None:
         show(header, [(found.name, found.distribution, found.version) for found in plugins.find(what)])
 
 
-@main.command(short_help="Write a folder or a list of images as shards.")
+@main.command()
 @click.argument("source")
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out", type=PATH)
 @click.option("--unlabeled", is_flag=True, help="The source has no labels, or they are not wanted.")
-@click.option("--shard-size", type=click.IntRange(min=1), default=1000, show_default=True, help="Images per shard.")
-@click.option("--max-damaged", type=click.IntRange(min=0), default=0, show_default=True, help="Skip so many at most.")
+@click.option("--shard-size", type=click.IntRange(min=1), default=1000, help="Images per shard.")
+@click.option("--max-damaged", type=click.IntRange(min=0), default=0, help="Skip so many at most.")
 def pack(source: str, out: Path, unlabeled: bool, shard_size: int, max_damaged: int) -> None:
     """\b
     Example:
@@ -349,23 +360,17 @@ def pack(source: str, out: Path, unlabeled: bool, shard_size: int, max_damaged: 
     from ssld.data.sources import open_source
     from ssld.journal import counting
 
+    images = open_source(source, labeled=not unlabeled)
     with counting("packing") as progress:
-        report = write(
-            open_source(source, labeled=not unlabeled),
-            out,
-            shard_size=shard_size,
-            max_damaged=max_damaged,
-            progress=progress,
-        )
-    for name in report.damaged:
-        click.echo(plain(f"skipped, damaged: {name}"), err=True)
-    click.echo(f"{report.written} images in {report.shards} shards in {out}, {len(report.damaged)} skipped")
+        report = write(images, out, shard_size=shard_size, max_damaged=max_damaged, progress=progress)
+    tell(*(f"skipped, damaged: {name}" for name in report.damaged))
+    give(f"{report.written} images in {report.shards} shards in {out}, {len(report.damaged)} skipped")
 
 
 @main.command("import", short_help="Bring weights of PaddleClas over, without running them.")
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file", type=PATH)
 @click.option("--network", metavar="NAME", help="The network that the weights have to fit; looked for when left out.")
-@click.option("--out", type=click.Path(path_type=Path), help="The .safetensors file; beside the other when left out.")
+@click.option("--out", type=PATH, help="The .safetensors file; beside the other when left out.")
 def import_(file: Path, network: str | None, out: Path | None) -> None:
     """\b
     Example:
@@ -376,15 +381,15 @@ def import_(file: Path, network: str | None, out: Path | None) -> None:
     """
     from ssld.importing.conversion import convert
 
-    done = convert(file, out, network, lambda line: click.echo(plain(line), err=True))
+    done = convert(file, out, network, tell)
     fits = ", ".join(f"{name} ({classes} classes)" for name, classes in done.networks.items())
-    show(("weights", "tensors", "network"), [(str(done.path), str(done.tensors), fits or "none")])
+    show(("weights", "tensors", "network"), [(done.path, done.tensors, fits or "none")])
 
 
-@main.command("eval", short_help="Measure a checkpoint on a labeled set.")
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@main.command("eval")
+@click.argument("checkpoint", type=PATH)
 @click.argument("data")
-@click.option("--device", type=click.Choice(["cpu", "gpu"]), default="cpu", show_default=True)
+@DEVICE()
 def evaluate(checkpoint: Path, data: str, device: str) -> None:
     """\b
     Example:
@@ -395,11 +400,11 @@ def evaluate(checkpoint: Path, data: str, device: str) -> None:
     from ssld.score import score
 
     images, metrics = score(checkpoint, data, device)
-    show(("images", *metrics), [(str(images), *(f"{value:.4f}" for value in metrics.values()))])
+    show(("images", *metrics), [(images, *(f"{value:.4f}" for value in metrics.values()))])
 
 
-@main.command(short_help="Say whether the installation is right: versions, device, threads, one training step.")
-@click.option("--device", type=click.Choice(["cpu", "gpu"]), default="cpu", show_default=True)
+@main.command()
+@DEVICE()
 def doctor(device: str) -> None:
     """\b
     Example:
@@ -415,7 +420,7 @@ def doctor(device: str) -> None:
         raise SsldError(f"{len(wrong)} of {len(findings)} checks failed: {', '.join(item.name for item in wrong)}")
 
 
-@main.command(short_help="Print the JSON schema of recipes, for editors.")
+@main.command()
 def schema() -> None:
     """\b
     Example:
@@ -423,7 +428,6 @@ def schema() -> None:
 
     Print the JSON schema of recipes, for editors.
     """
-
     from ssld.recipe import schema as recipe_schema
 
-    click.echo(json.dumps(recipe_schema(), indent=2))
+    give(json.dumps(recipe_schema(), indent=2))

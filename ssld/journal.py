@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -16,7 +14,7 @@ from typing import IO, Any, cast
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
-from ssld.terminal import mute
+from ssld.terminal import Screen, plain
 
 LINE_EVERY_SECONDS = 5.0
 
@@ -28,39 +26,9 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-class _Screen:
-    """Standard error as a file that takes everything: a reader that is gone or a full disk ends no run."""
-
-    def write(self, text: str) -> int:
-        with self._kept() as stream:
-            stream.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        with self._kept() as stream:
-            stream.flush()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(_stderr(), name)
-
-    @contextmanager
-    def _kept(self) -> Iterator[IO[str]]:
-        stream = _stderr()
-        try:
-            yield stream
-        except OSError:
-            mute(stream)
-
-
-def _stderr() -> IO[str]:
-    """What is below a live display, which puts itself in the place of standard error; closed by a shell it is None."""
-    stream: IO[str] | None = getattr(sys.stderr, "rich_proxied_file", sys.stderr)
-    return io.StringIO() if stream is None else stream
-
-
 def screen() -> Console:
     """The screen: standard error, and no error where it cannot be written."""
-    return Console(file=cast(IO[str], _Screen()), highlight=False)
+    return Console(file=cast(IO[str], Screen()), highlight=False)
 
 
 @contextmanager
@@ -68,7 +36,7 @@ def counting(what: str) -> Iterator[Callable[[int, int], None]]:
     """Progress of a command that counts: yields a function of (done, total). A bar on a terminal, else a few lines."""
     console = screen()
     with bar(console) as progress:
-        task = progress.add_task(what, detail="") if progress else None
+        task = progress.add_task(plain(what), detail="") if progress else None
         last = time.monotonic()
 
         def advance(done: int, total: int) -> None:
@@ -77,7 +45,7 @@ def counting(what: str) -> Iterator[Callable[[int, int], None]]:
                 progress.update(task, completed=done, total=total, detail=f"{done}/{total}")
             elif time.monotonic() - last > LINE_EVERY_SECONDS:
                 last = time.monotonic()
-                console.print(f"{what}: {done} of {total}", markup=False, soft_wrap=True)
+                console.out(plain(f"{what}: {done} of {total}"))
 
         yield advance
 
@@ -86,12 +54,13 @@ def bar(console: Console) -> AbstractContextManager[Progress | None]:
     """A live bar on a terminal; nothing elsewhere, so that no control characters reach a file."""
     if not console.is_terminal:
         return nullcontext()
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=10), TextColumn("{task.fields[detail]}"))
-    return Progress(*columns, console=console, transient=True)
+    # names may hold what rich takes for markup
+    what, detail = (TextColumn(f"{{task.{field}}}", markup=False) for field in ("description", "fields[detail]"))
+    return Progress(what, BarColumn(bar_width=10), detail, console=console, transient=True)
 
 
 class Journal:
-    """Writes events; everything that is shown on the screen is in train.log as well.
+    """Writes events; everything that is shown on the screen is in train.log as well, names as plain text.
 
     directory: where train.log and metrics.jsonl are appended to, None for nowhere. console: the screen, stderr
     when left out.
@@ -121,7 +90,7 @@ class Journal:
             yield
         except OSError as error:
             if not self.lost:
-                self.console.print(f"warning: {name}: lines are lost: {error.strerror}", markup=False, soft_wrap=True)
+                self.console.out(plain(f"warning: {name}: lines are lost: {error.strerror}"))
             self.lost = True
 
     def _append(self, file: IO[str], line: str) -> None:
@@ -131,12 +100,12 @@ class Journal:
 
     def detail(self, text: str) -> None:
         """Lines for people who look into train.log."""
-        self._append(self.log, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}")
+        self._append(self.log, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {plain(text)}")
 
     def note(self, text: str) -> None:
         """One line for people."""
         self.detail(text)
-        self.console.print(text, markup=False, soft_wrap=True)
+        self.console.out(plain(text))
 
     def met(self, text: str) -> None:
         """A note of what any rank may meet, such as a damaged image."""
@@ -159,22 +128,25 @@ class Journal:
         """Progress of a teacher's labelling: yields a function of (views done, views in all)."""
         last, shown, first = time.monotonic(), -1, (0.0, 0)
         with bar(self.console) as progress:
-            task = progress.add_task(self.place or what, detail="") if progress else None
+            task = progress.add_task(plain(self.place or what), detail="") if progress else None
 
             def advance(done: int, total: int) -> None:
                 nonlocal last, shown, first
                 now = time.monotonic()
                 # counted from the first answer on: before it, the teacher was loaded
                 first = first if first[1] else (now, done)
-                rate = (done - first[1]) / max(now - first[0], 1e-9)
-                left = duration((total - done) / rate) if rate else "?"
+                rate = (done - first[1]) / (now - first[0]) if now > first[0] else 0.0
+                left = f"eta {duration((total - done) / rate)}" if rate else ""
                 if progress is not None and task is not None:
-                    progress.update(task, completed=done, total=total, detail=f"labelling {done}/{total} eta {left}")
+                    detail = f"labelling {done}/{total} {left}".rstrip()
+                    progress.update(task, completed=done, total=total, detail=detail)
                 if now - last > LINE_EVERY_SECONDS or (done == total != shown):
                     last, shown = now, done
-                    self.record("labelling", what=what, done=done, total=total, views_per_second=round(rate, 1))
+                    measured = {"views_per_second": round(rate, 1)} if rate else {}
+                    self.record("labelling", what=what, done=done, total=total, **measured)
                     where = f"[{self.place}] " if self.place else ""
-                    self.note(f"{where}{what}: {done} of {total} views, {rate:.0f} views/s, eta {left}")
+                    speed = f", {rate:.0f} views/s, {left}" if rate else ""
+                    self.note(f"{where}{what}: {done} of {total} views{speed}")
 
             yield advance
 
@@ -182,7 +154,7 @@ class Journal:
     def stage(self, name: str, total: int, samples: int, batch: int, start: int) -> Iterator[StageLog]:
         """Progress of one stage over `total` steps of `batch` images, from step `start`."""
         with bar(self.console) as progress:
-            task = progress.add_task(self.place, total=total, completed=start, detail="") if progress else None
+            task = progress.add_task(plain(self.place), total=total, completed=start, detail="") if progress else None
             yield StageLog(self, name, total, samples, batch, start, progress, task)
 
 

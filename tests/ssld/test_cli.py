@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,8 @@ from click.testing import CliRunner
 import ssld
 from ssld import engine, errors
 from ssld.cli import main, show
+from ssld.labels import inspect
+from ssld.overview import Overview
 from ssld.soft import Labelled
 
 RECIPE = """\
@@ -124,7 +128,11 @@ def test_a_defect_keeps_its_traceback(call, monkeypatch):
         raise ZeroDivisionError
 
     monkeypatch.setattr(ssld, "status", fail, raising=False)
-    assert isinstance(call("status").exception, ZeroDivisionError)
+    defect = call("status")
+    assert (defect.exit_code, type(defect.exception)) == (1, ZeroDivisionError)
+    assert defect.exception.__notes__ == [
+        "This is a defect of ssld: report it with these lines. What was committed stays."
+    ]
 
 
 @pytest.mark.parametrize(
@@ -282,6 +290,15 @@ def test_the_schema_is_json(call):
     assert {"name", "data", "stages"} <= found["properties"].keys()
 
 
+def test_the_list_of_commands_says_one_whole_sentence_of_each(call):
+    listed = call("--help").stdout.partition("Commands:")[2]
+    shown = re.split(r"\n  (?=\S)", listed)[1:]
+    assert [entry.split()[0] for entry in shown] == sorted(main.commands)
+    for entry in shown:
+        assert re.fullmatch(r"[\w-]+ [A-Z][^.]*\.", " ".join(entry.split()))
+    assert "order, the numbers that are derived, and what would run, and why." in " ".join(listed.split())
+
+
 def test_a_table_is_padded_and_cut_nowhere(capsys):
     show(("a", "long header"), [("longer cell", "x"), ("", "y")])
     lines = capsys.readouterr().out.splitlines()
@@ -298,3 +315,77 @@ def test_nothing_that_a_terminal_acts_upon_is_shown(call, monkeypatch, capsys):
     assert call("status").stderr == "Error: a\\x1b[2J\\x07\\x9b\\u202e\\udc80.png: Grün\nnext line\n"
     show(("name",), [("a\rb",)])
     assert capsys.readouterr().out.splitlines()[1] == "a\\rb"
+
+
+def test_words_that_click_repeats_are_plain(call):
+    """A shell puts the names of files there."""
+    for words in (["status", "a", "b\x1b]0;evil\x07"], ["list", "c\x9b"], ["--d\x07"]):
+        refused = call(*words)
+        assert refused.exit_code == 2
+        assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", refused.stderr), repr(refused.stderr)
+
+
+def test_remarks_and_what_is_finished_are_plain(call, monkeypatch):
+    found = Overview(Path("runs/a\x1b[2J"), (), remarks=("b\x1b[2J",))
+    monkeypatch.setattr(ssld, "status", lambda *_: found, raising=False)
+    monkeypatch.setattr(ssld, "resume", lambda *_, **__: found, raising=False)
+    assert call("status").stderr == "b\\x1b[2J\n"
+    assert call("resume").stderr == "runs/a\\x1b[2J is finished already; nothing was run\n"
+
+
+@pytest.mark.parametrize(("typed", "code", "end"), [("y\n", 0, ""), ("n\n", 1, "Aborted!\n"), ("", 1, "Aborted!\n")])
+def test_labels_are_removed_where_the_answer_is_yes(monkeypatch, typed, code, end):
+    monkeypatch.setattr(inspect, "kept_in", lambda _: [])
+    found = CliRunner().invoke(main, ["labels", "rm", "a\x07"], input=typed)
+    assert (found.exit_code, found.stdout) == (code, "" if code else "removed 0 directories of labels, 0 bytes\n")
+    assert found.stderr == f"remove 0 directories of labels, 0 bytes, in a\\x07? [y/N]: {end}"
+
+
+# Streams that take no more --------------------------------------------------------------------------------------------
+
+FULL = pytest.mark.skipif(not Path("/dev/full").exists(), reason="a stream that is always full is /dev/full")
+
+
+def ended(*words):
+    """The exit code of a command on the streams that there are."""
+    with pytest.raises(SystemExit) as end:
+        main(list(words))
+    return end.value.code or 0
+
+
+@FULL
+@pytest.mark.parametrize(
+    "words",
+    [["--help"], ["--version"], ["run", "--help"], ["labels", "rm", "-h"], ["schema"], ["list", "losses"], ["pack"]],
+    ids=" ".join,
+)
+def test_a_result_that_cannot_be_written_is_said(call, monkeypatch, capsys, words):
+    words = [*words, "builtin:shapes?count=2&size=16", "shards"] if words == ["pack"] else words
+    with open("/dev/full", "w") as full, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", full)
+        assert ended(*words) == errors.StorageError.exit_code
+    said = "Error: cannot write standard output: No space left on device; free space or lead it elsewhere"
+    assert capsys.readouterr().err.startswith(said)
+
+
+def interrupted(*_, **__):
+    raise KeyboardInterrupt
+
+
+@FULL
+@pytest.mark.parametrize("stream", ["/dev/full", None])
+@pytest.mark.parametrize(("words", "code"), [("status", 0), ("resume", 0), ("run r", 130), ("fly", 2), ("labels", 2)])
+def test_a_standard_error_that_takes_nothing_changes_no_exit_code(call, monkeypatch, stream, words, code):
+    found = Overview(Path("runs/a"), (), remarks=("damaged",))
+    monkeypatch.setattr(ssld, "status", lambda *_: found, raising=False)
+    monkeypatch.setattr(ssld, "resume", lambda *_, **__: found, raising=False)
+    monkeypatch.setattr(ssld, "run", interrupted, raising=False)
+    with open(stream or os.devnull, "w") as full, monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", full if stream else None)
+        assert ended(*words.split()) == code
+
+
+def test_ctrl_c_outside_of_a_stage_is_said(call, monkeypatch):
+    monkeypatch.setattr(ssld, "run", interrupted, raising=False)
+    found = call("run", "tiny.yaml")
+    assert (found.exit_code, found.stderr) == (130, "Error: interrupted; nothing that was committed is lost\n")

@@ -82,6 +82,40 @@ def test_a_note_is_on_the_screen_and_in_the_log_with_its_time(journal, screen, t
     )
 
 
+EVIL = "a\x1b[2J\x07\udc80 [/] :dog:.png"
+SHOWN = "a\\x1b[2J\\x07\\udc80 [/] :dog:.png"
+
+
+def test_names_are_plain_wherever_they_come(journal, clock, screen, tmp_path):
+    """They come from whoever made the data: neither a terminal nor rich may act upon them."""
+    journal.detail(EVIL)
+    for say in (journal.note, journal.met):
+        say(EVIL)
+    journal.place = EVIL
+    with journal.labelling(EVIL) as advance:
+        advance(3, 3)
+    lines = [line[20:] for line in (tmp_path / "train.log").read_text("utf-8").splitlines()]
+    assert lines == [*[SHOWN] * 3, f"[{SHOWN}] {SHOWN}: 3 of 3 views"]
+    assert screen.getvalue().splitlines() == lines[1:]
+    assert [event["what"] for event in events(tmp_path)] == [EVIL], "programs are told the name itself"
+
+
+def test_a_bar_shows_names_as_they_are(clock):
+    screen = io.StringIO()
+    with module.bar(Console(file=screen, force_terminal=True, width=80)) as progress:
+        assert progress is not None
+        progress.add_task(module.plain(EVIL), detail="[/]")
+        progress.refresh()
+    assert f"{SHOWN} " in screen.getvalue()
+
+
+def test_a_lost_log_is_named_plainly(tmp_path, screen):
+    evil = tmp_path / "run\x1b[2J"
+    (evil / "train.log").mkdir(parents=True)
+    Journal(evil, Console(file=screen, width=40)).close()
+    assert screen.getvalue() == f"warning: {tmp_path}/run\\x1b[2J/train.log: lines are lost: Is a directory\n"
+
+
 def test_events_are_readable_while_the_run_goes_on(journal, tmp_path):
     journal.record("start", seed=3, recipe="a: 1\nb: 2\n")
     journal.measured("distill", 40, 2, {"top1": 0.25, "top5": 1.0}, {})
@@ -166,6 +200,17 @@ def test_labelling_says_how_far_it_is_every_few_seconds_and_at_the_end(journal, 
     lines = (tmp_path / "train.log").read_text().splitlines()
     assert lines[0].endswith("[1 distill] labelling pool by onnx b: 700 of 800 views, 100 views/s, eta 0:01")
     assert len(lines) == 2
+
+
+def test_what_was_done_at_once_has_neither_rate_nor_time(journal, clock, tmp_path):
+    """31 views that were there, or came by one answer: no seconds were measured in which they came."""
+    for _ in range(2):
+        with journal.labelling("labelling pool by onnx b") as advance:
+            clock(9)
+            advance(31, 31)
+    lines = [line[20:] for line in (tmp_path / "train.log").read_text().splitlines()]
+    assert lines == ["[1 distill] labelling pool by onnx b: 31 of 31 views"] * 2
+    assert all("views_per_second" not in event for event in events(tmp_path))
 
 
 def everything(journal, clock):
