@@ -14,6 +14,7 @@ import json
 import re
 import shlex
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -131,10 +132,17 @@ def read_weights(path: Path) -> dict[str, np.ndarray]:
 
 
 def write_weights(path: Path, weights: Mapping[str, np.ndarray]) -> None:
-    """Write weights as a .safetensors file. Raises OutputError where a file that differs is there."""
+    """Write weights as a .safetensors file. Raises OutputError where anything but this very file is there."""
     data = _encode(weights, str(path))
-    if not files.commit_exclusive(path, data) and _content(path) != data:
-        raise OutputError(f"cannot write {path}: another file has this name; give another one, or remove it")
+    if files.commit_exclusive(path, data):
+        return
+    there = "another file"
+    # what cannot be read is not known to be the same
+    with suppress(OSError):
+        if path.is_file() and path.read_bytes() == data:
+            return
+        there = "a directory" if path.is_dir() else there if path.exists() else "a link that leads nowhere"
+    raise OutputError(f"cannot write {path}: {there} has this name; give another one, or remove it")
 
 
 def fit_weights(weights: Mapping[str, np.ndarray], wanted: Mapping[str, tuple[int, ...]], what: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
 import pickle
 import random
 import re
@@ -24,7 +25,7 @@ from click.testing import CliRunner, Result
 
 from ssld import checkpoint
 from ssld.cli import main
-from ssld.errors import CheckpointError
+from ssld.errors import CheckpointError, OutputError
 from ssld.importing import paddleclas
 from ssld.train import networks
 
@@ -258,6 +259,24 @@ def test_a_file_that_is_there_is_kept_unless_it_is_the_same(call, small) -> None
     refused(call("net.pdparams", "--network", SMALL), "cannot write net.safetensors: another file", code=73)
     assert Path("net.safetensors").read_bytes() == b"something else"
     assert sorted(path.name for path in Path().iterdir()) == ["net.pdparams", "net.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("obstruct", "what"),
+    [
+        (Path.mkdir, "a directory"),
+        (lambda path: path.symlink_to("nowhere"), "a link that leads nowhere"),
+        (lambda path: path.symlink_to("there"), "a directory"),
+        (os.mkfifo, "another file"),
+    ],
+)
+def test_what_is_no_file_is_in_the_way_too(tmp_path: Path, obstruct: Callable[[Path], None], what: str) -> None:
+    (tmp_path / "there").mkdir()
+    path = tmp_path / "net.safetensors"
+    obstruct(path)
+    with pytest.raises(OutputError, match=f"^cannot write {path}: {what} has this name; give another one, or remove"):
+        checkpoint.write_weights(path, {"a": np.zeros(1)})
+    assert sorted(found.name for found in tmp_path.iterdir()) == ["net.safetensors", "there"]
 
 
 @pytest.mark.parametrize(
