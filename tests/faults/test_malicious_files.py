@@ -591,6 +591,26 @@ def test_names_with_control_characters_do_not_reach_the_terminal(outside: Path) 
     refused(*planned(data__labeled={"list": "list.txt", "classes": "classes.txt"}, data__validation="builtin:shapes"))
 
 
+STALLED = """
+import sys
+from pathlib import Path
+from ssld import engine
+from ssld.errors import StallError
+from ssld.journal import Journal
+engine.end(StallError(f"expected {sys.argv[1]} to be read"), Journal(Path()), f"continue: {sys.argv[1]}")
+"""
+
+
+@pytest.mark.xfail(strict=True, reason="the last words of a process that is held are written as they are")
+def test_a_name_that_a_run_waits_for_in_vain_does_not_reach_the_terminal(outside: Path) -> None:
+    name = "a\x1b[2J\udc80.png"
+    done = subprocess.run([sys.executable, "-c", STALLED, name], capture_output=True, check=False)
+    assert done.returncode == 69
+    shown = "a\\x1b[2J\\udc80.png"
+    assert done.stderr.decode() == f"Error: expected {shown} to be read\ncontinue: {shown}\n"
+    assert f"Error: expected {shown} to be read\n" in Path("train.log").read_text()
+
+
 # Checkpoints, labels, foreign networks -------------------------------------------------------------------------------
 
 
