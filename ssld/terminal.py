@@ -107,8 +107,11 @@ def give(text: str) -> None:
     """Lines of a result, on standard output."""
     # Python has None for a stream that was closed when it started
     if sys.stdout is not None:
+        encoding = sys.stdout.encoding or "utf-8"
+        # as Python does on standard error
+        text = plain(text).encode(encoding, "backslashreplace").decode(encoding)
         with giving():
-            sys.stdout.write(plain(text) + "\n")
+            sys.stdout.write(text + "\n")
             sys.stdout.flush()
 
 

@@ -66,6 +66,14 @@ def test_a_reader_of_results_that_wants_no_more_is_left_to_click(monkeypatch):
         give("a result")
 
 
+@pytest.mark.parametrize(("encoding", "shown"), [("latin-1", "ü \\u65e5 2 \\u2192 3"), ("utf-8", "ü 日 2 → 3")])
+def test_a_letter_that_an_encoding_lacks_is_escaped(monkeypatch, encoding, shown):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", stream)
+    give("ü 日 2 → 3")
+    assert stream.buffer.getvalue().decode(encoding) == f"{shown}\n"
+
+
 def test_a_standard_output_that_was_closed_from_the_start_wants_no_result(monkeypatch):
     monkeypatch.setattr(sys, "stdout", None)
     give("a result")
