@@ -96,12 +96,15 @@ def open_datasets(recipe: Recipe, limit: int | None, cache: Path | None) -> Data
 
 
 def opened(recipe: Recipe, name: str, spec: str | Mapping[str, Any], cache: Path | None) -> Samples:
-    """Index one source. What is wrong with its text is raised with the place where the recipe has it."""
+    """Index one source. What is wrong with it is raised with the place where the recipe has it."""
+    place = recipe.place(("data", name))
     try:
         return open_source(spec, labeled=name != "unlabeled", cache=cache)
     except RecipeError as error:
         source, _, fault = str(error).partition(": expected ")
-        raise RecipeError(f"{recipe.place(('data', name))}: {got(source)}: expected {fault}") from error
+        raise RecipeError(f"{place}: {got(source)}: expected {fault}") from error
+    except DataError as error:
+        raise DataError(f"{place}: {error}") from error
 
 
 def held_out_share(images: int) -> float:

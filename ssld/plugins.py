@@ -20,6 +20,7 @@ from ssld import wording
 from ssld.contracts import StageKind
 from ssld.errors import PluginError, RecipeError, SsldError
 from ssld.settings import Exact
+from ssld.watch import watch
 
 KINDS = {"stages": "stage kind", "teachers": "teacher", "students": "student", "losses": "loss"}
 
@@ -78,11 +79,14 @@ def load(kind: str, name: str) -> Any:
 
     Raises RecipeError for an unknown name; PluginError when two distributions offer it, or when its import fails.
     """
-    found = _named(kind, name)
+    found, who = _named(kind, name), _who(kind, name)
     try:
-        return found.entry_point.load()
+        with watch.awaiting(lambda: f"the {who} to load"):
+            return found.entry_point.load()
     except Exception as error:
-        raise PluginError(f"{_who(kind, name)} failed to load: {type(error).__name__}: {error}") from error
+        raise PluginError(
+            f"{who} failed to load: {type(error).__name__}: {error}; install what it needs, or repair or remove it"
+        ) from error
 
 
 def stage_kind(name: str) -> StageKind[Any]:
@@ -100,14 +104,15 @@ def call(kind: str, name: str, options: Mapping[str, Any], supplied: Mapping[str
     name and the recipe leaves it open.
     Raises RecipeError with all faults of the options; PluginError when the plug-in itself raises.
     """
-    factory = load(kind, name)
-    values = _arguments(factory, _who(kind, name), options, supplied or {})
+    factory, who = load(kind, name), _who(kind, name)
+    values = _arguments(factory, who, options, supplied or {})
     try:
-        return factory(**values)
+        with watch.awaiting(lambda: f"the {who} to be made"):
+            return factory(**values)
     except SsldError:
         raise
     except Exception as error:
-        raise PluginError(f"{_who(kind, name)} raised {type(error).__name__}: {error}") from error
+        raise PluginError(f"{who} raised {type(error).__name__}: {error}; correct its options, or repair it") from error
 
 
 def _arguments(factory: Any, who: str, options: Mapping[str, Any], supplied: Mapping[str, Any]) -> dict[str, Any]:

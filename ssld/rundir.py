@@ -102,11 +102,15 @@ class RunDirectory:
             return all((self.path / name).is_file() for name in ("recipe.yaml", "run.json"))
 
     def claim(self) -> None:
-        """Make sure that the directory can be written and is a run's, or empty. Raises OutputError.
+        """Make sure that the directory can be written and is a run's, or empty. Raises OutputError, or CheckpointError
+        for a run whose options are lost.
 
         What is no run is not touched: somebody may have named a directory of their own by mistake.
         """
         with readable(self.path):
+            if (self.path / "recipe.yaml").is_file():
+                # what says how it went on may be lost
+                self._options()
             strangers = [] if self.exists() or not self.path.is_dir() else sorted(self._strangers())
         if strangers:
             raise OutputError(

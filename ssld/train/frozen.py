@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import errno
 import math
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,7 @@ from paddle.base import core
 from paddle.nn import functional
 
 from ssld.errors import DataError, RecipeError, SsldError
-from ssld.files import scratch
+from ssld.files import reported, scratch
 from ssld.threads import of_step, share
 from ssld.train.linear import Linear
 
@@ -141,9 +143,7 @@ class _Program:
         for own, new in zip(_tensors(self._traced), _tensors(layer), strict=True) if layer is not None else ():
             own.set_value(new)
         with scratch() as folder:
-            path = str(folder / "frozen")
-            paddle.jit.save(self._traced, path)
-            config = inference.Config(f"{path}.json", f"{path}.pdiparams")
+            config = inference.Config(*_save(self._traced, folder))
             config.disable_glog_info()
             config.enable_mkldnn()
             if precision == "bfloat16":
@@ -235,6 +235,18 @@ def _eager(layer: nn.Layer) -> Engine:
             return logits
 
     return run
+
+
+def _save(traced: nn.Layer, folder: Path) -> tuple[str, str]:
+    """Export to the folder; returns the files of the program and of its weights. Raises StorageError."""
+    program, weights = folder / "frozen.json", folder / "frozen.pdiparams"
+    needed = sum(tensor.size * tensor.element_size() for tensor in _tensors(traced))
+    with reported(folder, needed):
+        paddle.jit.save(traced, str(folder / "frozen"))
+        # paddle says nothing when it cannot write all of it
+        if not program.read_bytes().endswith(b"}") or weights.stat().st_size < needed:
+            raise OSError(errno.ENOSPC, "no room for all of an exported network, where TMPDIR says")
+    return str(program), str(weights)
 
 
 def _difference(engine: Engine, images: np.ndarray, expected: np.ndarray) -> float:

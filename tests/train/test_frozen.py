@@ -1,8 +1,10 @@
 """The engine against the layer it was exported from, and what must not change around it."""
 
 import hashlib
+import os
 import tempfile
 import threading
+from pathlib import Path
 
 import numpy as np
 import paddle
@@ -10,7 +12,7 @@ import pytest
 from paddle import inference, nn
 from paddle.base import core
 
-from ssld.errors import DataError, RecipeError, SsldError
+from ssld.errors import DataError, RecipeError, SsldError, StorageError
 from ssld.threads import of_step
 from ssld.train.frozen import Frozen, _eager
 
@@ -382,6 +384,23 @@ def test_leaves_no_files(layer, tmp_path, monkeypatch):
     frozen = Frozen(layer, SIZE)
     assert list(tmp_path.iterdir()) == []
     np.testing.assert_allclose(frozen(images(2)), expected(layer, images(2)), atol=1e-5)
+
+
+@pytest.mark.parametrize("share", [0, 0.5])
+@pytest.mark.parametrize("part", ["json", "pdiparams"])
+def test_an_export_that_finds_no_room_is_said_to(layer, monkeypatch, part, share):
+    """Paddle's own save says nothing."""
+    save = paddle.jit.save
+
+    def no_room(traced, path):
+        save(traced, path)
+        file = Path(f"{path}.{part}")
+        os.truncate(file, int(share * file.stat().st_size))
+
+    monkeypatch.setattr(paddle.jit, "save", no_room)
+    weights = sum(value.numpy().nbytes for value in layer.state_dict().values())
+    with pytest.raises(StorageError, match=f"{tempfile.gettempdir()}.* {weights:,} bytes are needed"):
+        Frozen(layer, SIZE)
 
 
 class Treacherous(nn.Layer):
