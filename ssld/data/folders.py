@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ssld.data.classes import check_range, read_classes
+from ssld.data.facts import changed
 from ssld.data.index import IMAGE_EXTENSIONS, Strings, text
 from ssld.data.samples import Samples, digest, virtual_shards
 from ssld.errors import DataError
@@ -35,16 +36,15 @@ class _Files:
         return text(os.fsencode(self._path(row)))
 
     def read(self, row: int) -> bytes:
+        size, mtime = int(self.sizes[row]), int(self.mtimes[row])
         try:
             with open(self._path(row), "rb") as file:
-                data = file.read()
+                data = file.read(size + 1)
+                facts = os.fstat(file.fileno())  # after it was read, so that no change goes unseen in between
         except OSError as error:
             raise DataError(f"{self.where(row)}: expected an image file, got: {error.strerror}; restore it") from error
-        if len(data) != self.sizes[row]:
-            raise DataError(
-                f"{self.where(row)}: expected {self.sizes[row]} bytes as when it was indexed, got {len(data)}; "
-                "data must not change during a run: restore the file, or start again"
-            )
+        if (len(data), facts.st_size, facts.st_mtime_ns) != (size, size, mtime):
+            raise changed(self.where(row), size, mtime, facts)
         return data
 
     def stamp(self, rows: np.ndarray) -> str:

@@ -16,6 +16,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from ssld.data.facts import changed
 from ssld.data.samples import digest
 from ssld.errors import DataError, OutputError, StorageError
 from ssld.files import sweep_old, write_atomic
@@ -174,7 +175,7 @@ class Shards:
     """A store of tar members, read by offset; a file is opened per read, so threads share nothing."""
 
     def __init__(self, paths: Sequence[Path], names: Sequence[str], index: Index, mtimes: np.ndarray) -> None:
-        """names: of the shards, for keys; mtimes: int64 [S], in nanoseconds."""
+        """names: of the shards, for keys; mtimes: int64 [S], in nanoseconds, from before the index was read."""
         self._paths, self._names, self._index, self._mtimes = paths, names, index, mtimes
         self._ends = np.cumsum(index.counts)
 
@@ -193,15 +194,13 @@ class Shards:
         path, size = self._paths[shard], int(self._index.sizes[row])
         try:
             with path.open("rb", buffering=0) as file:
-                length = os.fstat(file.fileno()).st_size
                 data = os.pread(file.fileno(), size, int(self._index.offsets[row]))
+                facts = os.fstat(file.fileno())  # after it was read, so that no change goes unseen in between
         except OSError as error:
             raise DataError(f"{self.where(row)}: expected to read {path}, got: {error.strerror}; restore it") from error
-        if length != self._index.lengths[shard] or len(data) != size:
-            raise DataError(
-                f"{self.where(row)}: expected a shard of {self._index.lengths[shard]} bytes as at indexing, got "
-                f"{length} in {path}; data must not change during a run: restore the shard, or start again"
-            )
+        length, mtime = int(self._index.lengths[shard]), int(self._mtimes[shard])
+        if (len(data), facts.st_size, facts.st_mtime_ns) != (size, length, mtime):
+            raise changed(f"{self.where(row)}: {path}", length, mtime, facts)
         return data
 
     def stamp(self, rows: np.ndarray) -> str:

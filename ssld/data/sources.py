@@ -145,10 +145,11 @@ def _existing(value: str) -> Path:
 
 
 def _open_shards(name: str, paths: Sequence[Path], classes_file: Path | None, labeled: bool, cache: Path) -> Samples:
+    # before the index is read: a shard that is replaced meanwhile is not taken for the one that was indexed
+    mtimes = np.array([path.stat().st_mtime_ns for path in paths])
     index = load_index(paths, cache)
     common = os.path.commonpath([path.absolute().parent for path in paths])
     names = tuple(os.path.relpath(path.absolute(), common).removesuffix(".tar") for path in paths)
-    mtimes = np.array([path.stat().st_mtime_ns for path in paths])
     store = Shards(paths, names, index, mtimes)
     beside = paths[0].parent / CLASSES_FILE
     source = classes_file or (beside if beside.is_file() else None)

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -107,12 +107,44 @@ def test_the_identity_follows_names_sizes_times_and_labels_but_not_the_place(tmp
     assert len(set(seen)) == len(seen)
 
 
-@pytest.mark.parametrize("change", [lambda path: path.write_bytes(b"longer"), Path.unlink])
-def test_a_file_that_changed_since_is_named(tmp_path: Path, change) -> None:
+def rewritten(path: Path) -> None:
+    """As many bytes as before, a nanosecond later."""
+    later = path.stat().st_mtime_ns + 1
+    path.write_bytes(bytes(reversed(path.read_bytes())))
+    os.utime(path, ns=(later, later))
+
+
+def replaced(path: Path) -> None:
+    """Another file of as many bytes, an older one, as a backup that is put in its place."""
+    path.with_suffix(".new").write_bytes(bytes(reversed(path.read_bytes())))
+    os.utime(path.with_suffix(".new"), ns=(0, 10**18))
+    path.with_suffix(".new").replace(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "got"),
+    [
+        (lambda path: path.write_bytes(b"longer"), "got 6 bytes written at 20"),
+        (lambda path: path.write_bytes(b""), "got 0 bytes written at 20"),
+        (rewritten, "got 2 bytes written at 20"),
+        (replaced, "got 2 bytes written at 2001-09-09T01:46:40.000000000Z"),
+        (Path.unlink, "got: No such file"),
+    ],
+)
+def test_a_file_that_changed_since_is_named(tmp_path: Path, change: Callable[[Path], Any], got: str) -> None:
     found = open_source(str(write(tmp_path, TREE)), labeled=True)
+    assert found.read(2) == b"d1"
     change(tmp_path / "dog/1.jpg")
-    with pytest.raises(DataError, match=r"dog/1\.jpg: expected"):
+    with pytest.raises(DataError, match=rf"dog/1\.jpg: expected .*{got}"):
         found.read(2)
+    assert found.read(0) == b"c1"
+
+
+def test_a_file_that_only_got_other_rights_or_another_name_beside_its_own_is_the_same(tmp_path: Path) -> None:
+    found = open_source(str(write(tmp_path, TREE)), labeled=True)
+    (tmp_path / "dog/1.jpg").chmod(0o444)
+    os.link(tmp_path / "dog/1.jpg", tmp_path / "another.jpg")
+    assert found.read(2) == b"d1"
 
 
 # list files

@@ -151,6 +151,14 @@ def test_only_an_empty_directory_is_written_to(tmp_path: Path, folder: Path) -> 
         pack(source, tmp_path / "other", shard_size=0)
 
 
+def test_what_is_replaced_while_it_is_packed_is_named(tmp_path: Path, folder: Path) -> None:
+    source = open_source(str(folder), labeled=True)
+    os.utime(folder / "dog/z.webp", ns=(0, 0))
+    with pytest.raises(DataError, match=r"dog/z\.webp: expected .* got \d+ bytes written at 1970-01-01T00:00:00"):
+        pack(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("made_before", [False, True])
 @pytest.mark.parametrize("call", ["fsync", "fsync_directory"])
 def test_a_full_disk_leaves_nothing(

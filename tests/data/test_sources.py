@@ -6,15 +6,21 @@ import os
 import tarfile
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from ssld.data import samples as samples_module
+from ssld.data import sources as sources_module
+from ssld.data.index import Index, load_index
+from ssld.data.loader import Damage, training_batches
 from ssld.data.samples import Samples, concatenate
 from ssld.data.sources import open_source
+from ssld.data.transforms import Pipeline
 from ssld.errors import DataError, RecipeError
 
 
@@ -118,11 +124,69 @@ def test_shards_that_are_missing_or_named_twice(tmp_path: Path) -> None:
 def test_a_shard_that_changed_since_is_named(tmp_path: Path) -> None:
     found = open_source(str(write_shards(tmp_path)), labeled=True)
     write_tar(tmp_path / "1.tar", {"a.jpg": "x" * 20000})
-    with pytest.raises(DataError, match=r"1\.tar: b\.jpg: expected a shard of"):
+    with pytest.raises(DataError, match=r"1\.tar: b\.jpg: .*/1\.tar: expected 10240 bytes .*, got 30720 bytes"):
         found.read(2)
     (tmp_path / "1.tar").unlink()
     with pytest.raises(DataError, match=r"1\.tar: b\.jpg: expected to read"):
         found.read(2)
+
+
+def exchange(path: Path) -> None:
+    """Write the shard anew with other images in the same places, a nanosecond later."""
+    later = path.stat().st_mtime_ns + 1
+    write_tar(path, {"a.jpg": "other"})
+    os.utime(path, ns=(later, later))
+
+
+@pytest.mark.parametrize("when", ["after it was opened", "when its index was read", "while it is read"])
+def test_a_shard_of_the_same_size_that_was_written_later_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    path = write_tar(tmp_path / "0.tar", {"a.jpg": "image"})
+
+    def then_exchanged(paths: list[Path], cache: Path) -> Index:
+        index = load_index(paths, cache)
+        exchange(path)
+        return index
+
+    def first_exchanged(file: int, size: int, offset: int) -> bytes:
+        exchange(path)
+        return pread(file, size, offset)
+
+    pread = os.pread
+    if when == "when its index was read":
+        monkeypatch.setattr(sources_module, "load_index", then_exchanged)
+    found = open_source(str(path), labeled=False)
+    if when == "after it was opened":
+        exchange(path)
+    elif when == "while it is read":
+        monkeypatch.setattr(os, "pread", first_exchanged)
+    with pytest.raises(DataError, match=r"0\.tar: a\.jpg: .*expected 10240 bytes written at .*, got 10240 bytes"):
+        found.read(0)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_whose_data_are_replaced_ends_by_their_name(tmp_path: Path, workers: int) -> None:
+    """A budget for damaged images does not cover it: it is not the image that is damaged."""
+    picture = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(picture, "PNG")
+    for name in "abcdefgh":
+        write(tmp_path, {f"{name}.png": picture.getvalue()})
+    pipeline = Pipeline.read(["NormalizeImage"], 8)
+    stream = training_batches(
+        open_source(str(tmp_path), labeled=False),
+        (pipeline,),
+        batch_size=2,
+        seed=0,
+        workers=workers,
+        ahead=1,
+        damage=Damage(8),
+    )
+    next(stream)
+    for path in tmp_path.iterdir():
+        os.utime(path, ns=(0, 0))
+    with pytest.raises(DataError, match=r"\w\.png: expected .*data must not change during a run"):
+        list(islice(stream, 4))
 
 
 # what a shard is known by

@@ -268,10 +268,22 @@ def fresh(folder: Path, shard: Shard, content: bytes) -> Reader:
 
 
 def stale(folder: Path, shard: Shard, content: bytes) -> Reader:
-    """Damaged while a run reads it."""
+    """Damaged while a run reads it, behind its old time, as by a bad disk."""
     lay_down(folder, shard)
+    time = (folder / "a.tar").stat().st_mtime_ns
     samples = source(folder)
     (folder / "a.tar").write_bytes(content)
+    os.utime(folder / "a.tar", ns=(time, time))
+    return lambda: read_all(samples)
+
+
+def replaced(folder: Path, shard: Shard, content: bytes) -> Reader:
+    """Written anew while a run reads it."""
+    lay_down(folder, shard)
+    samples = source(folder)
+    later = (folder / "a.tar").stat().st_mtime_ns + 1
+    (folder / "a.tar").write_bytes(content)
+    os.utime(folder / "a.tar", ns=(later, later))
     return lambda: read_all(samples)
 
 
@@ -294,7 +306,7 @@ def packed(folder: Path, shard: Shard, content: bytes) -> Reader:
     return lambda: read_all(source(folder))
 
 
-OPENINGS: tuple[Opening, ...] = (fresh, stale, cached, packed)
+OPENINGS: tuple[Opening, ...] = (fresh, stale, cached, packed, replaced)
 
 
 def campaign(folder: Path, damage: Make, count: int, openings: tuple[Opening, ...]) -> tuple[Counter[str], list[str]]:
@@ -326,13 +338,16 @@ def test_sound_shards_deliver_all(tmp_path: Path) -> None:
         for opening in OPENINGS:
             here = tmp_path / f"{number} {opening.__name__}"
             here.mkdir()
-            assert verdict(shard, shard.content, opening(here, shard, shard.content)) == ("harmless", [])
+            # one that was written anew is refused, whatever it holds
+            word = "refused" if opening is replaced else "harmless"
+            assert verdict(shard, shard.content, opening(here, shard, shard.content)) == (word, [])
 
 
 @every_damage
 def test_no_sample_is_lost_or_joined_without_being_named(tmp_path: Path, damage: Make) -> None:
     words = seen(tmp_path, damage, NORMAL)
     assert words["fresh: refused"] > 5
+    assert [word for word in words if word.startswith("replaced")] == ["replaced: refused"]
 
 
 @pytest.mark.soak
@@ -341,6 +356,7 @@ def test_no_sample_is_lost_or_joined_without_being_named(tmp_path: Path, damage:
 def test_a_thousand_of_each(tmp_path: Path, damage: Make) -> None:
     words = seen(tmp_path, damage, LONG)
     assert words["fresh: refused"] > 100
+    assert [word for word in words if word.startswith("replaced")] == ["replaced: refused"]
 
 
 # Tests of the test ----------------------------------------------------------------------------------------------------
@@ -403,7 +419,7 @@ def test_a_label_that_was_changed_is_right_where_an_index_is_from_before(tmp_pat
             here.mkdir()
             word, problems = verdict(shard, bytes(content), opening(here, shard, bytes(content)))
             assert problems == []
-            assert word == ("another label" if opening is fresh else "harmless")
+            assert word == {fresh: "another label", replaced: "refused"}.get(opening, "harmless")
 
 
 def test_an_end_that_was_never_written_is_seen_but_for_the_last_record(tmp_path: Path) -> None:
