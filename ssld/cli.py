@@ -96,6 +96,9 @@ class Commands(Command, click.Group):
         except KeyboardInterrupt as error:
             message = "interrupted; nothing that was committed is lost"
             raise Interrupted(message, 128 + signal.SIGINT) from error
+        except (EOFError, BrokenPipeError) as error:
+            # click would end without a word, as if it were the user's own streams
+            raise RuntimeError("a stream of ssld's own has ended") from error
 
 
 def part_of(context: click.Context, option: click.Parameter, value: str) -> tuple[int, int]:

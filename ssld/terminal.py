@@ -90,12 +90,15 @@ def ask(question: str) -> bool:
 
 @contextmanager
 def giving() -> Iterator[None]:
-    """What is written to standard output in here is written, or a StorageError says why not."""
+    """What is written to standard output in here is written, or a StorageError says why not.
+
+    A reader that wants no more ends the process, without a word.
+    """
     try:
         yield
     except BrokenPipeError:
-        # a reader that wants no more; click ends quietly
-        raise
+        mute(sys.stdout)
+        sys.exit(1)
     except OSError as error:
         mute(sys.stdout)
         raise StorageError(

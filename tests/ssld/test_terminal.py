@@ -60,10 +60,12 @@ def test_a_result_that_cannot_be_given_is_said(monkeypatch, code):
         give("a result")
 
 
-def test_a_reader_of_results_that_wants_no_more_is_left_to_click(monkeypatch):
-    monkeypatch.setattr(sys, "stdout", Broken(errno.EPIPE))
-    with pytest.raises(BrokenPipeError):
-        give("a result")
+def test_a_reader_of_results_that_wants_no_more_ends_the_process_quietly(monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", Broken(errno.EPIPE))
+        with pytest.raises(SystemExit, match="1"):
+            give("a result")
+    assert capsys.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize(("encoding", "shown"), [("latin-1", "ü \\u65e5 2 \\u2192 3"), ("utf-8", "ü 日 2 → 3")])
