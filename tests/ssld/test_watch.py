@@ -37,12 +37,12 @@ def test_a_wait_that_does_not_end_is_named_with_its_time_and_the_remedy() -> Non
 
 def test_waits_that_end_in_time_are_not_told_of_however_many() -> None:
     watch, met, asked = Watch(), [], []
-    with watch.on(0.4, met.append):
+    with watch.on(0.2, met.append):
         for _ in range(12):
             with watch.awaiting(lambda: str(asked.append(1))):
-                time.sleep(0.1)
+                time.sleep(0.03)
         # between two waits anything may take long: what may hang is inside of one
-        time.sleep(1)
+        time.sleep(0.4)
     assert not met
     # the words are made for an error alone
     assert not asked
@@ -104,9 +104,9 @@ import time
 from ssld.watch import Watch
 
 watch = Watch()
-with watch.on(2, lambda error: print(error, flush=True)), watch.awaiting(lambda: "it"):
+with watch.on(0.5, lambda error: print(error, flush=True)), watch.awaiting(lambda: "it"):
     print("begun", flush=True)
-    time.sleep(0.5)
+    time.sleep(0.2)
 print("done", flush=True)
 """
 
@@ -115,7 +115,7 @@ def test_the_time_for_which_a_process_is_suspended_does_not_count() -> None:
     with subprocess.Popen([sys.executable, "-c", SCRIPT], stdout=-1, text=True) as process:
         assert process.stdout.readline() == "begun\n"
         os.kill(process.pid, signal.SIGSTOP)
-        time.sleep(4)
+        time.sleep(1)
         os.kill(process.pid, signal.SIGCONT)
         assert process.stdout.read() == "done\n"
 
