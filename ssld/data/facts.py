@@ -1,4 +1,4 @@
-"""What a file is, and what it is known by while a run reads it: its size and the time at which it was written."""
+"""What a file is, how it is named, and what it is known by while a run reads it: its size and its time."""
 
 from __future__ import annotations
 
@@ -18,15 +18,20 @@ _KINDS = {
 }
 
 
+def text(name: bytes) -> str:
+    """A file or member name for keys and messages; bytes that are not UTF-8 are shown by number."""
+    return name.decode("utf-8", "backslashreplace")
+
+
 def kind(facts: os.stat_result) -> str:
     """What a file is, for messages."""
     return _KINDS.get(stat.S_IFMT(facts.st_mode), "a file")
 
 
 def expect_file(facts: os.stat_result, where: str) -> None:
-    """Raise DataError for what has no end, or none that its size tells, as a device or a named pipe."""
+    """Raise DataError for what may be read for ever, as a device or a named pipe, and for a folder."""
     if not stat.S_ISREG(facts.st_mode):
-        raise DataError(f"{where}: expected a file, got {kind(facts)}; take it out of the data")
+        raise DataError(f"{text(os.fsencode(where))}: expected a file, got {kind(facts)}; take it out of the data")
 
 
 def changed(where: str, size: int, mtime: int, facts: os.stat_result) -> DataError:

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from ssld.data.classes import check_range, read_classes
-from ssld.data.facts import changed
-from ssld.data.index import IMAGE_EXTENSIONS, Strings, text
+from ssld.data.facts import changed, expect_file, kind, text
+from ssld.data.index import IMAGE_EXTENSIONS, Strings
 from ssld.data.samples import Samples, digest, virtual_shards
 from ssld.errors import DataError
 
@@ -63,7 +63,9 @@ class _Columns:
     sizes: array[int] = field(default_factory=lambda: array("q"))
     mtimes: array[int] = field(default_factory=lambda: array("q"))
 
-    def add(self, name: str, facts: os.stat_result) -> None:
+    def add(self, name: str, facts: os.stat_result, where: str) -> None:
+        """One more; raises DataError, by its place, for what is no file."""
+        expect_file(facts, where)
         self.names.append(os.fsencode(name))
         self.sizes.append(facts.st_size)
         self.mtimes.append(facts.st_mtime_ns)
@@ -131,7 +133,7 @@ def _scan(folder: str, prefix: str, columns: _Columns, above: frozenset[tuple[in
         if entry.is_dir():
             _scan(entry.path, f"{prefix}{entry.name}/", columns, above | {here})
         elif is_image(entry.name):
-            columns.add(prefix + entry.name, entry.stat())
+            columns.add(prefix + entry.name, entry.stat(), entry.path)
 
 
 def is_image(name: str) -> bool:
@@ -144,9 +146,9 @@ def open_list(name: str, file: Path, root: Path, classes_file: Path | None, labe
     base = str(root)
     numbers, labels = _read_list(file, labeled)
     columns, missing = _Columns(), []
-    for path in numbers:
+    for path, number in numbers.items():
         try:
-            columns.add(path, os.stat(os.path.join(base, path)))
+            columns.add(path, os.stat(os.path.join(base, path)), f"{file}:{number}: {path}")
         except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: the line holds a zero byte
             missing.append(path)
     if missing:
@@ -166,7 +168,8 @@ def open_list(name: str, file: Path, root: Path, classes_file: Path | None, labe
 def _read_list(file: Path, labeled: bool) -> tuple[dict[str, int], np.ndarray | None]:
     """Path to line number, in the order of the list, and the labels."""
     if not file.is_file():
-        raise DataError(f"{file}: expected a list file, got a folder; name its kind with {{folder: …}}")
+        got = kind(file.stat())
+        raise DataError(f"{file}: expected a list file, got {got}; a folder of images is named as {{folder: …}}")
     numbers: dict[str, int] = {}
     labels = array("q")
     with file.open(encoding="utf-8-sig", errors="surrogateescape") as lines:

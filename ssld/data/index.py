@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from ssld.data.facts import changed
+from ssld.data.facts import changed, text
 from ssld.data.samples import digest
 from ssld.errors import DataError, OutputError, StorageError
 from ssld.files import sweep_old, write_atomic
@@ -36,11 +36,6 @@ _RECORD = 20 * _BLOCK
 """What tar, tarfile and webdataset fill the end of a tar up to."""
 _LABEL = re.compile(rb"\s*(\d{1,9})\s*", re.ASCII)
 _MAX_LABEL = 10**9 - 1
-
-
-def text(name: bytes) -> str:
-    """A file or member name for keys and messages; bytes that are not UTF-8 are shown by number."""
-    return name.decode("utf-8", "backslashreplace")
 
 
 @dataclass(frozen=True, eq=False)

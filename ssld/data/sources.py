@@ -14,8 +14,9 @@ import numpy as np
 from ssld.data.braces import expanded
 from ssld.data.builtin import open_builtin
 from ssld.data.classes import CLASSES_FILE, check_range, read_classes
+from ssld.data.facts import expect_file, text
 from ssld.data.folders import is_image, open_folder, open_list
-from ssld.data.index import BAD_LABEL, Index, Shards, load_index, text
+from ssld.data.index import BAD_LABEL, Index, Shards, load_index
 from ssld.data.samples import Samples, digest
 from ssld.errors import DataError, RecipeError
 from ssld.wording import near
@@ -146,7 +147,10 @@ def _existing(value: str) -> Path:
 
 def _open_shards(name: str, paths: Sequence[Path], classes_file: Path | None, labeled: bool, cache: Path) -> Samples:
     # before the index is read: a shard that is replaced meanwhile is not taken for the one that was indexed
-    mtimes = np.array([path.stat().st_mtime_ns for path in paths])
+    facts = [path.stat() for path in paths]
+    for path, of_shard in zip(paths, facts, strict=True):
+        expect_file(of_shard, str(path))
+    mtimes = np.array([of_shard.st_mtime_ns for of_shard in facts])
     index = load_index(paths, cache)
     common = os.path.commonpath([path.absolute().parent for path in paths])
     names = tuple(os.path.relpath(path.absolute(), common).removesuffix(".tar") for path in paths)

@@ -147,6 +147,38 @@ def test_a_file_that_only_got_other_rights_or_another_name_beside_its_own_is_the
     assert found.read(2) == b"d1"
 
 
+@pytest.mark.parametrize(
+    ("spec", "labeled", "message"),
+    [
+        ("folder: cat", False, "cat/b.png: expected a file, got a named pipe"),
+        ("folder: .", True, "cat/b.png: expected a file, got a named pipe"),
+        ("folder: cat/links", False, "cat/links/c.png: expected a file, got a named pipe"),
+        ("list: pipe.txt", True, "pipe.txt:2: cat/b.png: expected a file, got a named pipe"),
+        ("list: device.txt", True, "device.txt:3: /dev/zero: expected a file, got a device"),
+        ("list: folder.txt", True, "folder.txt:1: cat: expected a file, got a folder"),
+        ("list: cat/b.png", True, "cat/b.png: expected a list file, got a named pipe"),
+        ("list: /dev/zero", True, "/dev/zero: expected a list file, got a device"),
+    ],
+)
+def test_what_may_be_read_for_ever_is_refused_and_not_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: str, labeled: bool, message: str
+) -> None:
+    lists = {"pipe.txt": "cat/a.png 0\ncat/b.png 0", "device.txt": "cat/a.png 0\n\n/dev/zero 1", "folder.txt": "cat 0"}
+    write(tmp_path, {**lists, "cat/a.png": "a", "cat/links/d.png": "d"})
+    os.mkfifo(tmp_path / "cat/b.png")
+    (tmp_path / "cat/links/c.png").symlink_to("../b.png")
+    monkeypatch.chdir(tmp_path)
+    refused(DataError, dict([spec.split(": ")]), message, labeled=labeled)
+
+
+def test_a_file_that_grew_without_end_is_read_no_further_than_one_byte(tmp_path: Path) -> None:
+    found = open_source(str(write(tmp_path, TREE)), labeled=True)
+    with open(tmp_path / "dog/1.jpg", "r+b") as file:
+        file.truncate(2**40)
+    with pytest.raises(DataError, match=r"dog/1\.jpg: expected 2 bytes .*, got 1099511627776 bytes"):
+        found.read(2)
+
+
 # list files
 
 

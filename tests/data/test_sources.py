@@ -113,6 +113,12 @@ def test_labels_in_shards_are_checked(tmp_path: Path, members: dict[str, str], p
     refused(DataError, str(tmp_path / "0.tar"), *parts)
 
 
+@pytest.mark.parametrize("spec", ["{root}", "{root}/{{0,1}}.tar"])
+def test_a_named_pipe_among_shards_is_refused_and_not_opened(tmp_path: Path, spec: str) -> None:
+    os.mkfifo(write_shards(tmp_path, {"0.tar": SHARDS["0.tar"]}) / "1.tar")
+    refused(DataError, spec.format(root=tmp_path), "1.tar")
+
+
 def test_shards_that_are_missing_or_named_twice(tmp_path: Path) -> None:
     write_shards(tmp_path)
     refused(DataError, f"{tmp_path}/{{0..5}}.tar", "expected 6 shards, got 4 missing", "2.tar", ", …")
