@@ -31,6 +31,8 @@ ABANDONED = 3600.0
 """Seconds after which an index that is being written belongs to nobody: writing one takes well under a second."""
 
 _MAGIC = b"ssld index 1\n"
+_RULES = 2
+"""Goes up when the same shard has another index than before, or none, so that those in the cache are made anew."""
 _BLOCK = 512
 _RECORD = 20 * _BLOCK
 """What tar, tarfile and webdataset fill the end of a tar up to."""
@@ -255,7 +257,7 @@ def _describes(sidecar: Index, number: int, shard: Path) -> bool:
 
 def _cached(path: Path, cache: Path) -> Index:
     facts = path.stat()
-    name = f"{path.absolute()}\0{facts.st_size}\0{facts.st_mtime_ns}".encode("utf-8", "surrogateescape")
+    name = f"{path.absolute()}\0{facts.st_size}\0{facts.st_mtime_ns}\0{_RULES}".encode("utf-8", "surrogateescape")
     entry = cache / f"{hashlib.sha256(name).hexdigest()[:32]}.index"
     known = _read(entry)
     if known is not None:
@@ -280,8 +282,8 @@ def index_shard(path: Path) -> Index:
     """The index of one tar shard, from its headers; nothing is decompressed or decoded.
 
     Raises DataError, naming the shard and the sample, for what is compressed, cut short or no tar, and for samples
-    without an image, with a member given twice, or with members that are not side by side; OSError where there is
-    no file to be opened.
+    without an image, with a member given twice or that is a link, or with members that are not side by side; OSError
+    where there is no file to be opened.
     """
     with path.open("rb") as shard:
         length = os.fstat(shard.fileno()).st_size
@@ -340,8 +342,21 @@ def _members(path: Path, tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
         tar.members = []  # type: ignore[attr-defined]  # tarfile would keep every header it has seen
         if member.issparse():
             raise DataError(f"{path}: {member.name}: expected a whole file, got one with holes; pack without --sparse")
+        if member.islnk() or member.issym():
+            _expect_no_sample(path, member)
         if member.isreg() and all(split_name(member.name)):
             yield member
+
+
+def _expect_no_sample(path: Path, link: tarfile.TarInfo) -> None:
+    # tar writes one by itself for each further name of a file, and the sample of that name would be lost
+    key, extension = split_name(link.name)
+    if key and extension in (*IMAGE_EXTENSIONS, "cls"):
+        kind, option = ("hard", "--hard-dereference") if link.islnk() else ("symbolic", "--dereference")
+        raise DataError(
+            f"{path}: {text(os.fsencode(link.name))}: expected a file, got a {kind} link at byte {link.offset}; write "
+            f"the shard anew with `tar {option}` or `ssld pack`"
+        )
 
 
 def split_name(member: str) -> tuple[str, str]:

@@ -5,6 +5,8 @@ import gzip
 import hashlib
 import io
 import os
+import re
+import subprocess
 import tarfile
 import time
 from collections.abc import Sequence
@@ -13,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ssld.data import index as index_module
 from ssld.data.index import (
     ABANDONED,
     BAD_LABEL,
@@ -83,6 +86,62 @@ def test_other_members_hidden_names_and_folders_are_passed_over(tmp_path: Path) 
         folder.type = tarfile.DIRTYPE
         tar.addfile(folder)
     assert slices(path, index_shard(path)) == [b"image"]
+
+
+def link(path: Path, name: str, kind: bytes) -> Path:
+    """Add a link to a.jpg, and another sample behind it."""
+    with tarfile.open(path, "a") as tar:
+        info = tarfile.TarInfo(name)
+        info.type, info.linkname = kind, "a.jpg"
+        tar.addfile(info)
+        tar.addfile(tarfile.TarInfo("z.jpg"))
+    return path
+
+
+KINDS = [(tarfile.LNKTYPE, "hard", "hard-dereference"), (tarfile.SYMTYPE, "symbolic", "dereference")]
+
+
+@pytest.mark.parametrize(("kind", "word", "option"), KINDS)
+@pytest.mark.parametrize("name", ["b.jpg", "b.PNG", "a.cls", "train/b.webp", f"{'b' * 200}.jpeg"])
+def test_a_link_in_place_of_a_part_of_a_sample_is_refused(
+    tmp_path: Path, name: str, kind: bytes, word: str, option: str
+) -> None:
+    path = link(write_tar(tmp_path / "s.tar", [("a.jpg", b"image")]), name, kind)
+    with pytest.raises(DataError, match=rf"s\.tar: {name}: .* a {word} link at byte 1024; .*`tar --{option}` or"):
+        index_shard(path)
+
+
+@pytest.mark.parametrize("kind", [tarfile.LNKTYPE, tarfile.SYMTYPE])
+@pytest.mark.parametrize("name", ["README", "a.json", "a.seg.png", "latest", "._b.jpg"])
+def test_a_link_that_is_no_part_of_a_sample_is_passed_over(tmp_path: Path, name: str, kind: bytes) -> None:
+    path = link(write_tar(tmp_path / "s.tar", [("a.jpg", b"image")]), name, kind)
+    assert slices(path, index_shard(path)) == [b"image", b""]
+
+
+def test_the_remedy_for_links_that_tar_writes_by_itself_helps(tmp_path: Path) -> None:
+    if b"GNU" not in subprocess.run(["tar", "--version"], capture_output=True, check=True).stdout:
+        pytest.skip("another tar has other options")
+    (tmp_path / "a.jpg").write_bytes(b"image")
+    os.link(tmp_path / "a.jpg", tmp_path / "b.jpg")
+    command = ["tar", "--create", "--file=s.tar", "a.jpg", "b.jpg"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    with pytest.raises(DataError, match="hard link") as refused:
+        index_shard(tmp_path / "s.tar")
+    [option] = re.findall(r"`tar (--[a-z-]+)`", str(refused.value))
+    subprocess.run([*command, option], cwd=tmp_path, check=True)
+    assert slices(tmp_path / "s.tar", index_shard(tmp_path / "s.tar")) == [b"image"] * 2
+
+
+def test_an_index_from_before_links_were_refused_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, cache = write_tar(tmp_path / "s.tar", [("a.jpg", b"image")]), tmp_path / "cache"
+    with monkeypatch.context() as before:
+        before.setattr(index_module, "_RULES", 1)
+        load_index([path], cache)
+        link(path, "b.jpg", tarfile.LNKTYPE)
+        before.setattr(index_module, "_expect_no_sample", lambda *_: None)
+        assert len(load_index([path], cache).members) == 2
+    with pytest.raises(DataError, match="hard link"):
+        load_index([path], cache)
 
 
 @pytest.mark.parametrize(
