@@ -38,6 +38,8 @@ _RECORD = 20 * _BLOCK
 """What tar, tarfile and webdataset fill the end of a tar up to."""
 _LABEL = re.compile(rb"\s*(\d{1,9})\s*", re.ASCII)
 _MAX_LABEL = 10**9 - 1
+_LONGEST_LABEL = 64
+"""Bytes of a .cls member: nine digits, and whatever space stands around them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -213,12 +215,13 @@ class Shards:
         )
 
     def label_text(self, row: int) -> str:
-        """What the .cls member of a sample holds, for messages."""
+        """What the .cls member of a sample holds, in quotes, for messages."""
         key = split_name(text(self._index.members[row]))[0]
         with self._paths[self._shard(row)].open("rb") as shard, tarfile.open(fileobj=shard, mode="r:") as tar:
             members = (member for member in tar if split_name(text(os.fsencode(member.name))) == (key, "cls"))
             label = next(members)
-            return text(os.pread(shard.fileno(), min(label.size, 40), label.offset_data))
+            more = f"… of {label.size} bytes" if label.size > _LONGEST_LABEL else ""
+            return repr(text(_label_bytes(shard, label))) + more
 
 
 def load_index(paths: Sequence[Path], cache: Path) -> Index:
@@ -387,6 +390,10 @@ def _sample(where: str, shard: BinaryIO, members: Iterable[tarfile.TarInfo]) -> 
         )
     label = NO_LABEL
     if "cls" in found:
-        match = _LABEL.fullmatch(os.pread(shard.fileno(), min(found["cls"].size, 64), found["cls"].offset_data))
-        label = int(match[1]) if match else BAD_LABEL
+        match = _LABEL.fullmatch(_label_bytes(shard, found["cls"]))
+        label = int(match[1]) if match and found["cls"].size <= _LONGEST_LABEL else BAD_LABEL
     return images[0].name.encode("utf-8", "surrogateescape"), images[0].offset_data, images[0].size, label
+
+
+def _label_bytes(shard: BinaryIO, label: tarfile.TarInfo) -> bytes:
+    return os.pread(shard.fileno(), min(label.size, _LONGEST_LABEL), label.offset_data)

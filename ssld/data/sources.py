@@ -177,7 +177,7 @@ def _shard_labels(store: Shards, index: Index, classes: tuple[str, ...] | None, 
     bad = np.flatnonzero(index.labels < 0)
     if bad.size:
         row = int(bad[0])
-        got = repr(store.label_text(row)) if index.labels[row] == BAD_LABEL else "no such member"
+        got = store.label_text(row) if index.labels[row] == BAD_LABEL else "no such member"
         raise DataError(
             f"{store.where(row)}: expected a whole number from 0 on as text in the member .cls, got {got} "
             f"({bad.size} of {len(index.labels)} samples); correct it, or use the shards as unlabeled data"

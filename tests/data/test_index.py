@@ -79,6 +79,22 @@ def test_labels_are_read_and_what_is_no_label_is_marked(tmp_path: Path) -> None:
     assert index.labels.tolist() == [3, 0, NO_LABEL, BAD_LABEL, BAD_LABEL, BAD_LABEL]
 
 
+@pytest.mark.parametrize(
+    ("data", "label"),
+    [
+        (b"5".ljust(63) + b"\n", 5),
+        (b"5".ljust(64) + b"7", BAD_LABEL),
+        (b"5".ljust(64) + b"cat", BAD_LABEL),
+        (b"5".ljust(65), BAD_LABEL),
+        (b"5".rjust(65), BAD_LABEL),
+        (b"5".ljust(100_000) + b"7", BAD_LABEL),
+    ],
+)
+def test_a_label_is_read_to_its_end_or_is_none(tmp_path: Path, data: bytes, label: int) -> None:
+    index = index_shard(write_tar(tmp_path / "s.tar", [("a.jpg", b"image"), ("a.cls", data)]))
+    assert index.labels.tolist() == [label]
+
+
 def test_other_members_hidden_names_and_folders_are_passed_over(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "s.tar", [("._a.jpg", b"x"), ("README", b"x"), ("a.jpg", b"image"), ("a.json", b"{}")])
     with tarfile.open(path, "a") as tar:

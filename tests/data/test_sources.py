@@ -103,7 +103,8 @@ def test_unlabeled_shards_need_no_label_and_read_none(tmp_path: Path) -> None:
     ("members", "parts"),
     [
         ({"a.jpg": "", "a.cls": "cat"}, ["0.tar: a.jpg", "got 'cat'"]),
-        ({"a.jpg": "", "a.cls": "-1"}, ["0.tar: a.jpg", "got '-1'"]),
+        ({"a.jpg": "", "a.cls": "-1"}, ["0.tar: a.jpg", "got '-1' ("]),
+        ({"a.jpg": "", "a.cls": "1" + 63 * " " + "7"}, ["0.tar: a.jpg", f"got '1{63 * ' '}'… of 65 bytes ("]),
         ({"a.jpg": "", "a.cls": "0", "b.jpg": ""}, ["0.tar: b.jpg", "no such member", "1 of 2"]),
         ({"a.jpg": "", "a.cls": "2"}, ["0.tar: a.jpg", "label in [0, 1]", "classes.txt", "got 2"]),
     ],
