@@ -15,7 +15,7 @@
     ├── StorageError    74   writing failed: no space left, an input/output error
     ├── BusyError       75   another process works in the same run directory
     ├── ChangedError    78   the recipe or its data changed since the run began
-    └── Interrupted    129, 130 or 143, by signal, after the state was saved
+    └── Interrupted    129, 130 or 143, by signal, after the state was saved where there is any
 
 A message says what was wanted, what came instead, where, and what to do.
 """

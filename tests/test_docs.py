@@ -111,11 +111,11 @@ def test_every_fault_has_tests_that_there_are_or_a_reason() -> None:
 
 
 def exit_codes() -> set[int]:
-    """Those of all errors, and of an end by a signal after the state was saved."""
+    """Those of all errors, of a defect, and of an end by a signal."""
     known = [errors.SsldError]
     for kind in known:
         known += kind.__subclasses__()
-    return {0, 129, 130, 143, *(kind.exit_code for kind in known)}
+    return {0, 1, 129, 130, 143, *(kind.exit_code for kind in known)}
 
 
 def test_the_readme_has_every_exit_code_once_in_order() -> None:
