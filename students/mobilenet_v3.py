@@ -70,14 +70,14 @@ SMALL = (
 )
 
 
-def make_divisible(channels: float) -> int:
-    """The multiple of 8 nearest to channels, at least 8, and never below 0.9 * channels.
+def make_divisible(channels: float, divisor: int = 8) -> int:
+    """The multiple of divisor nearest to channels, at least one of it, and never below 0.9 * channels.
 
     >>> [make_divisible(16 * scale) for scale in (0.35, 0.5, 0.75, 1.0, 1.25)]
     [8, 8, 16, 16, 24]
     """
-    rounded = max(8, int(channels + 4) // 8 * 8)
-    return rounded if rounded >= 0.9 * channels else rounded + 8
+    rounded = max(divisor, int(channels + divisor / 2) // divisor * divisor)
+    return rounded if rounded >= 0.9 * channels else rounded + divisor
 
 
 def _conv_bn(
