@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ssld.errors import LabelError
+from ssld.errors import BusyError, LabelError
 from ssld.files import disk, reported
 from ssld.labels.format import decode
 from ssld.labels.store import DESCRIPTION, FORMAT, SUFFIX
+from ssld.lock import holder
 
 SHOWN = {"transform": dict, "views": int, "top_k": int, "temperature": int | float}
 """What `ssld labels info` tells of a description, and what each is."""
@@ -63,7 +64,13 @@ def kept_in(place: Path) -> list[Kept]:
 
 
 def remove(kept: Kept) -> None:
-    """Take a label directory away, and nothing else that lies in it."""
+    """Take a label directory away, and nothing else that lies in it. Raises BusyError where a run is at work on it."""
+    for run in kept.directory.resolve().parents:
+        if working := holder(run):
+            raise BusyError(
+                f"cannot remove {kept.directory}: {run} is in use by {working}; wait for it, or stop it and remove them "
+                "then"
+            )
     with reported(kept.directory, 0):
         for path in (*kept.files, kept.directory / DESCRIPTION):
             disk.remove(path)

@@ -13,10 +13,11 @@ from ssld.contracts import TeacherSpec
 from ssld.data.loader import Replay
 from ssld.data.sources import open_source
 from ssld.data.transforms import Pipeline
-from ssld.errors import LabelError
+from ssld.errors import BusyError, LabelError
 from ssld.labels.format import pack
 from ssld.labels.inspect import kept_in, remove
 from ssld.labels.store import Description, Store
+from ssld.lock import RunLock
 
 CLASSES = tuple("abcde")
 PIPELINE = Pipeline.read(["RandCropImage"], 12)
@@ -133,3 +134,14 @@ def test_removing_leaves_what_is_not_ours(tmp_path, pool):
     (kept,) = kept_in(tmp_path)
     remove(kept)
     assert os.listdir(store.directory) == ["notes.txt"]
+
+
+def test_labels_of_a_run_at_work_stay(tmp_path, pool):
+    run = tmp_path / "run"
+    fill(run / "labels.store", pool)
+    (kept,) = kept_in(run)
+    with RunLock(run), pytest.raises(BusyError, match=rf"^cannot remove {kept.directory}: {run} is in use by pid"):
+        remove(kept)
+    assert all(path.is_file() for path in kept.files)
+    remove(kept)
+    assert not kept.directory.exists()
