@@ -6,7 +6,8 @@ from math import sqrt
 
 import paddle
 from paddle import nn
-from paddle.nn.initializer import Initializer, Uniform
+from paddle.nn.initializer import Uniform
+from paddle.nn.initializer.initializer import Initializer
 from paddle.regularizer import L2Decay
 
 from ssld.errors import RecipeError
