@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import closing
 
 import numpy as np
@@ -24,13 +24,17 @@ BATCH = 64
 class Evaluator:
     """Measures a network that trains on: each call is about its weights of that moment. It is exported once.
 
+    go_on(): is asked at the beginning and before every batch, and may raise to end it.
     No rank takes a step before rank 0 has evaluated, so an evaluation takes the cores of all of them.
     """
 
-    def __init__(self, network: nn.Layer, pipeline: Pipeline, device: str) -> None:
+    def __init__(
+        self, network: nn.Layer, pipeline: Pipeline, device: str, go_on: Callable[[], None] = lambda: None
+    ) -> None:
         self._network = network
         self._pipeline = pipeline
         self._device = device
+        self._go_on = go_on
         self._frozen: Frozen | None = None
 
     def __call__(self, samples: Samples, reference: Reference | None = None) -> dict[str, float]:
@@ -39,17 +43,18 @@ class Evaluator:
         With a reference also `agreement`, the share of its images that student and teacher put in the same class, and
         `kl`, the mean divergence of the student from the teacher in nats.
         """
+        self._go_on()
         with watch.awaiting(lambda: "the student to be exported"):
             frozen = self._now()
         truth = samples.labels
         assert truth is not None, "validation sets are opened with labels"
-        with closing(answers(frozen, samples, self._pipeline, Damage(0))) as found:
+        with closing(answers(frozen, samples, self._pipeline, Damage(0), self._go_on)) as found:
             ahead = (places(scores, truth[indices]) for scores, indices in found)
             top1, top5 = means((before < 1, before < 5) for before in ahead)
         metrics = {"top1": top1, "top5": top5}
         if reference is not None:
             damage = Damage(reference.damage_budget)
-            with closing(answers(frozen, reference.samples, self._pipeline, damage)) as found:
+            with closing(answers(frozen, reference.samples, self._pipeline, damage, self._go_on)) as found:
                 metrics["agreement"], metrics["kl"] = means(
                     compared(scores, reference.soft(indices)) for scores, indices in found
                 )
@@ -72,16 +77,17 @@ def evaluate(
 
 
 def answers(
-    frozen: Frozen, samples: Samples, pipeline: Pipeline, damage: Damage
+    frozen: Frozen, samples: Samples, pipeline: Pipeline, damage: Damage, go_on: Callable[[], None]
 ) -> Generator[tuple[np.ndarray, np.ndarray], None, None]:
     """Batches of the samples that are readable: their logits [B, classes], and their indices [B].
 
-    Raises DataError, with the sample, for logits that are no numbers.
+    Raises DataError, with the sample, for logits that are no numbers, and what go_on() raises, asked before each batch.
     """
     workers = decoders(cores())
     batches = evaluation_batches(samples, pipeline, batch_size=BATCH, workers=workers, damage=damage)
     with closing(batches):
         for batch in batches:
+            go_on()
             with watch.awaiting(lambda: f"a student's logits of {samples.name}"):
                 logits = frozen(normalize(batch.images[0], pipeline.mean, pipeline.std))
             broken = np.isnan(logits).any(axis=1)

@@ -40,9 +40,17 @@ class Progress:
     best: dict[str, float] = field(default_factory=lambda: {"step": 0, "top1": -1.0})
     kept: list[int] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
+    due: bool = False
+    """The step ends an epoch, and what is done then is not done yet: where a stage stopped so, it goes on with that."""
 
     def facts(self) -> dict[str, Any]:
-        return {"seconds": self.seconds, "best": self.best, "kept": self.kept, "metrics": self.metrics}
+        return {
+            "seconds": self.seconds,
+            "best": self.best,
+            "kept": self.kept,
+            "metrics": self.metrics,
+            "due": self.due,
+        }
 
     @classmethod
     def after(cls, state: State | None) -> Progress:
@@ -63,8 +71,9 @@ def fit(
     pipeline renders the training images, the task's own when left out. Every rank of the task calls this; rank 0 alone
     evaluates, saves and reports.
 
-    Raises Interrupted after a save when a signal came; DataError when the loss is not finite: the step is not taken,
-    and the last checkpoint stands; RankError when a rank is gone.
+    Raises Interrupted after a save when a signal came, within a step or a batch of an evaluation, which is then done
+    again; DataError when the loss is not finite: the step is not taken, and the last checkpoint stands; RankError when
+    a rank is gone.
     """
     settings = task.settings
     assert isinstance(settings, TrainingSettings)
@@ -74,15 +83,15 @@ def fit(
     if task.resume is not None:
         optimizer.restore(task.resume.optimizer)
     descend = Descent(task, network, objective, optimizer, Exchange(network, task.ranks))
-    evaluate = Evaluator(network, task.model.pipeline, task.device)
-    leads = task.ranks.number == 0
+    between = Between(task, network, optimizer, progress, total)
     rate = rates(settings, len(task.data), total)
     damage = Damage(task.damage_budget, task.journal.met)
-    clock = Clock(progress.seconds)
     with (
         task.journal.stage(task.name, total, len(task.data), settings.batch_size, progress.step) as log,
         closing(feed(task, pipeline or task.train, progress.step, total, damage)) as targets,
     ):
+        if progress.due:
+            between.steps(None, again=True)
         while progress.step < total:
             waited = time.monotonic()
             target = next(targets)
@@ -91,20 +100,9 @@ def fit(
             loss, stop = descend(target, rate(progress.step))
             progress.step += 1
             log.step(progress.step, loss, rate(progress.step - 1), waited)
-            due = leads and measure_if_due(task, evaluate, progress, total)
-            progress.seconds = clock.seconds()
-            save = due or stop or save_is_due(settings, progress.step, clock)
-            if leads and save and progress.step < total:
-                task.save(snapshot(network, optimizer, progress))
-                clock.saved()
-            if stop and progress.step < total:
-                raise Interrupted(
-                    f"{task.name}: stopped by {signal.Signals(stop).name} after step {progress.step} of {total}; "
-                    f"the state is saved",
-                    128 + stop,
-                )
-    progress.seconds = clock.seconds()
-    return Outcome(snapshot(network, optimizer, progress), progress.metrics)
+            progress.due = ends_epoch(task, progress.step, total)
+            between.steps(stop)
+    return Outcome(between.state(), progress.metrics)
 
 
 @dataclass(frozen=True)
@@ -137,13 +135,59 @@ class Descent:
         return loss, stop
 
 
-def measure_if_due(task: Task[Any], evaluate: Evaluator, progress: Progress, total: int) -> bool:
+class Between:
+    """What comes between two steps: an evaluation, a checkpoint, and the end where a signal asks for it."""
+
+    def __init__(self, task: Task[Any], network: nn.Layer, optimizer: Momentum, progress: Progress, total: int) -> None:
+        self.task, self.network, self.optimizer, self.progress, self.total = task, network, optimizer, progress, total
+        self.leads = task.ranks.number == 0
+        self.clock = Clock(progress.seconds)
+        self.evaluate = Evaluator(network, task.model.pipeline, task.device, lambda: self.go_on(task.stop()))
+
+    def steps(self, stop: int | None, *, again: bool = False) -> None:
+        """Measure and save where that is due, and raise Interrupted where a signal came.
+
+        again: a stage that goes on with what was due has on disk what it was before.
+        """
+        try:
+            keep = self.leads and self.progress.due and measured(self.task, self.evaluate, self.progress, self.total)
+        except Interrupted:
+            self.save()
+            raise
+        if self.progress.step < self.total:
+            if keep or stop or again or save_is_due(self.task.settings, self.progress.step, self.clock):
+                self.save()
+            self.go_on(stop)
+
+    def go_on(self, stop: int | None) -> None:
+        """Raise Interrupted where a signal came: the state is saved before anybody hears of it."""
+        if stop:
+            where = f"after step {self.progress.step} of {self.total}"
+            raise Interrupted(
+                f"{self.task.name}: stopped by {signal.Signals(stop).name} {where}; the state is saved", 128 + stop
+            )
+
+    def save(self) -> None:
+        if self.leads:
+            self.task.save(self.state())
+            self.clock.saved()
+
+    def state(self) -> State:
+        self.progress.seconds = self.clock.seconds()
+        return snapshot(self.network, self.optimizer, self.progress)
+
+
+def ends_epoch(task: Task[Any], step: int, total: int) -> bool:
+    """Whether the epoch ends with this step, or the stage."""
+    batch, samples = task.settings.batch_size, len(task.data)
+    return step == total or step * batch // samples > (step - 1) * batch // samples
+
+
+def measured(task: Task[Any], evaluate: Evaluator, progress: Progress, total: int) -> bool:
     """Evaluate at the end of an epoch that asks for it; says whether the state is worth keeping on disk now."""
     settings = task.settings
     batch, samples = settings.batch_size, len(task.data)
     epoch, before = progress.step * batch // samples, (progress.step - 1) * batch // samples
-    if epoch == before and progress.step < total:
-        return False
     worth = False
     if progress.step == total or epoch // settings.eval_interval > before // settings.eval_interval:
         progress.metrics = evaluate(task.validation, task.reference)
@@ -157,6 +201,7 @@ def measure_if_due(task: Task[Any], evaluate: Evaluator, progress: Progress, tot
     if settings.save_interval and epoch // settings.save_interval > before // settings.save_interval:
         progress.kept = [*progress.kept, progress.step]
         worth = True
+    progress.due = False
     return worth
 
 

@@ -43,8 +43,8 @@ from ssld.train import compiling, evaluation, loop, networks
 STAGES = ("teach", "distill", "finetune", "fixres")
 PHASES = ("start", "preflight", "between", "labelling", *STAGES, "evaluating", "saving", "keeping")
 """Where a child can be; "start" and "between" are all that has no other name."""
-EVENTS = ("step", "decoding", "raised")
-"""What is told besides: a step begins, images are sent to a process that decodes, a phase ends by what was raised."""
+EVENTS = ("step", "answering", "decoding", "raised")
+"""What is told besides: a step or a frozen network's answer begins, a process is sent images, a phase has raised."""
 NAMES = (*PHASES, *EVENTS)
 LOOKS = 200
 """So many seconds without a word from a child mean that it hangs; those in which all stand still do not count."""
@@ -106,6 +106,7 @@ def instrument(teller: Teller) -> None:
     teller.wrap(rundir.RunDirectory, "save", lambda *_: "saving")
     teller.wrap(evaluation.Evaluator, "__call__", lambda *_: "evaluating")
     teller.announce(loop.Descent, "__call__", "step")
+    teller.announce(ssld.train.frozen.Frozen, "__call__", "answering")
     teller.announce(rendering._Process, "render", "decoding")
 
 
@@ -163,6 +164,19 @@ def write_slowly() -> None:
     files.disk.write = slow  # type: ignore[method-assign]
 
 
+def answer_slowly() -> None:
+    """No defect: frozen networks that take their time, and are asked about an image at a time by evaluations."""
+    evaluation.BATCH = 1
+    answer = ssld.train.frozen.Frozen.__call__
+
+    def slow(self: Any, images: np.ndarray) -> np.ndarray:
+        logits = answer(self, images)
+        time.sleep(0.2)
+        return logits
+
+    ssld.train.frozen.Frozen.__call__ = slow  # type: ignore[method-assign]
+
+
 def short_memory() -> None:
     """No defect: a system that has no memory for what the third step wants."""
     descend, steps = loop.Descent.__call__, iter(range(10**6))
@@ -187,6 +201,7 @@ CHANGES = {
         keep_all,
         render_in_processes,
         write_slowly,
+        answer_slowly,
         short_memory,
     )
 }
@@ -203,6 +218,7 @@ def child(request: dict[str, Any], folder: str, pipe: int) -> int:
     # as they are where nobody has set them, such as paddle at its import
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     # a kill loses nothing that the system has; what a power cut loses is another campaign
     files.disk.fsync = lambda path: None  # type: ignore[method-assign]
     os.environ.update(request.get("environment", {}))

@@ -14,7 +14,7 @@ from PIL import Image
 
 from ssld.contracts import Reference, Soft
 from ssld.data.transforms import Pipeline
-from ssld.errors import DataError
+from ssld.errors import DataError, Interrupted
 from ssld.train import evaluation, networks
 from ssld.train.evaluation import Evaluator, evaluate
 from ssld.train.losses import hard_ce
@@ -225,6 +225,27 @@ def test_memory_does_not_grow_with_the_set(made, shapes):
         tracemalloc.stop()
     logits = 4 * classes
     assert peaks[1] - peaks[0] < (160 - 16) * logits / 4
+
+
+@pytest.mark.parametrize(("nth", "answered"), [(1, 0), (2, 0), (4, 2), (9, 7), (12, 10)])
+def test_it_may_be_ended_before_the_export_and_before_every_batch(made, shapes, nth, answered):
+    """Of 50 images make 7 batches of 8, and of the 20 of the reference 3."""
+    network, asked = made(CLASSES), []
+
+    def go_on():
+        asked.append(len(network.said))
+        if len(asked) == nth:
+            raise Interrupted("stopped", 143)
+
+    reference = referred(shapes(20, seed=5), np.zeros((20, CLASSES), np.float32))
+    evaluator = Evaluator(Linear(), PIPELINE, "cpu", go_on)
+    if nth < 12:
+        with pytest.raises(Interrupted):
+            evaluator(shapes(50, seed=4), reference)
+    else:
+        evaluator(shapes(50, seed=4), reference)
+    assert asked == [0, *range(answered + 1)][:nth] if nth < 12 else [0, *range(10)]
+    assert len(network.said) == answered
 
 
 def test_logits_that_are_no_numbers_are_refused_with_the_image(made, shapes):

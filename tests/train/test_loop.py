@@ -16,7 +16,7 @@ from PIL import Image
 from ssld.contracts import Reference, Soft, TeacherSpec
 from ssld.data.transforms import normalize, view
 from ssld.errors import DataError, Interrupted
-from ssld.train import loop, networks
+from ssld.train import evaluation, loop, networks
 from ssld.train.losses import hard_ce, js
 
 CLASSES = 4
@@ -60,6 +60,14 @@ def trained(task, objective=None):
     if objective is None:
         objective = labels if task.soft is None else soft_labels
     return loop.fit(task, networks.student(task), objective)
+
+
+def fitted(task):
+    """Train a linear layer, which is exported at once, from where the task stopped."""
+    layer = Linear()
+    if task.resume is not None:
+        networks.load(layer, task.resume.weights, "the layer")
+    return loop.fit(task, layer, labels)
 
 
 def sha256(arrays):
@@ -219,11 +227,78 @@ def test_a_signal_ends_the_stage_after_one_save(make_task, monkeypatch, number, 
 
 
 @pytest.mark.usefixtures("unmeasured")
-def test_a_signal_in_the_last_step_lets_the_stage_finish(make_task):
+def test_a_signal_after_the_last_evaluation_lets_the_stage_finish(make_task):
     outcome = loop.fit(
         make_task(stop=lambda: signal.SIGTERM, settings={"epochs": 1, "batch_size": 22}), Linear(), labels
     )
     assert outcome.state.step == 1
+
+
+class Asked:
+    """Hears a signal when it is asked for the nth time, and from then on."""
+
+    def __init__(self, nth):
+        self.nth, self.times = nth, 0
+
+    def __call__(self):
+        self.times += 1
+        return signal.SIGTERM if self.times >= self.nth else None
+
+
+def rows(folder):
+    """What was measured, without the time."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{**line, "time": 0} for line in lines if line["event"] == "evaluation"]
+
+
+@pytest.mark.parametrize("step", [3, 6], ids=["in the middle", "at the end"])
+@pytest.mark.parametrize("batches", [0, 2])
+def test_an_evaluation_that_a_signal_ends_is_done_when_the_stage_goes_on(
+    make_task, monkeypatch, shapes, tmp_path, step, batches
+):
+    """All that is saved, written and chosen is as if nothing had come; 12 images make 3 batches of 4.
+
+    The signal is seen before the network is exported, or before the batch with that number.
+    """
+    monkeypatch.setattr(evaluation, "BATCH", 4)
+    settings, data = {"save_steps": 1, "save_interval": 1, "learning_rate": 0.5}, shapes(24)
+    saved = []
+    whole = fitted(make_task("pretrain", settings, data=data, save=saved.append))
+    expected = rows(tmp_path)
+    assert [row["step"] for row in expected] == [3, 6]
+    (tmp_path / "metrics.jsonl").write_text("")
+
+    broken = []
+    # once in each step, four times in an evaluation
+    asked = Asked(step + (4 if step == 6 else 0) + 1 + batches)
+    with pytest.raises(Interrupted, match=rf"after step {step} of 6; the state is saved") as caught:
+        fitted(make_task("pretrain", settings, data=data, save=broken.append, stop=asked))
+    assert caught.value.exit_code == 143
+    assert asked.times == asked.nth
+    assert [state.step for state in broken] == list(range(1, step + 1))
+    assert broken[-1].facts["due"]
+    assert rows(tmp_path) == expected[: step // 3 - 1]
+
+    again = []
+    went_on = fitted(make_task("pretrain", settings, data=data, save=again.append, resume=broken[-1]))
+    assert bits(went_on.state) == bits(whole.state)
+    assert went_on.metrics == whole.metrics
+    assert rows(tmp_path) == expected
+    # in place of what was saved without the evaluation
+    assert list(map(bits, [*broken[:-1], *again])) == list(map(bits, saved))
+
+
+def test_a_signal_that_comes_while_it_goes_on_with_an_evaluation_ends_it_again(make_task, monkeypatch):
+    monkeypatch.setattr(evaluation, "BATCH", 4)
+    whole = fitted(make_task("pretrain"))
+    states = []
+    with pytest.raises(Interrupted):
+        fitted(make_task("pretrain", save=states.append, stop=Asked(5)))
+    for _ in range(2):
+        with pytest.raises(Interrupted, match="after step 3 of 6; the state is saved"):
+            fitted(make_task("pretrain", save=states.append, stop=Asked(2), resume=states[-1]))
+    assert [(state.step, state.facts["due"]) for state in states] == [(3, True)] * 3
+    assert bits(fitted(make_task("pretrain", resume=states[-1])).state) == bits(whole.state)
 
 
 def test_best_is_the_first_of_equals_and_is_saved(make_task, monkeypatch, shapes):
