@@ -207,7 +207,8 @@ class Crew:
             except subprocess.TimeoutExpired:
                 follower.process.kill()
         for listener in self.listeners:
-            listener.join()
+            # what a rank has started may hold its end of the line for as long as it likes
+            listener.join(PARTING)
         for opened in (*self.sockets, self.memory):
             if opened is not None:
                 opened.close()

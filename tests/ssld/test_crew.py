@@ -150,6 +150,17 @@ def test_who_does_not_end_by_itself_is_killed(play, monkeypatch, lead):
     assert crew.followers[0].process.returncode == -signal.SIGKILL
 
 
+def test_what_a_rank_has_started_and_left_keeps_nobody_waiting(play, monkeypatch, lead):
+    """It holds the rank's end of the line, which therefore does not end."""
+    monkeypatch.setattr(crews, "PARTING", 0.2)
+    play("import subprocess\nsubprocess.Popen(['sleep', '2'])\nsay(word='labelled')\n" + WAITS)
+    with lead() as crew:
+        label(crew)
+        began = time.monotonic()
+    assert time.monotonic() - began < 1.5
+    assert crew.followers[0].process.returncode == 0
+
+
 def test_when_rank_0_fails_the_others_are_ended_at_once(play, lead):
     play("time.sleep(60)")
     with pytest.raises(DataError, match="broken"), lead(3) as crew:
