@@ -3,27 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ssld.changes import Old, refusal, what_changed
+from ssld.ending import end, going_on, memory_named
 from ssld.environment import PADDLE_KERNELS, SLOW, environment, kernels
-from ssld.errors import (
-    ChangedError,
-    CheckpointError,
-    Interrupted,
-    ProcessError,
-    RecipeError,
-    SsldError,
-    StallError,
-    StorageError,
-)
+from ssld.errors import ChangedError, CheckpointError, Interrupted, RecipeError, SsldError
 from ssld.graph import Node, Plan, make_plan
 from ssld.inputs import Inputs
 from ssld.journal import Journal
@@ -31,21 +20,18 @@ from ssld.lock import RunLock, holder
 from ssld.members import Members
 from ssld.overview import Overview
 from ssld.preview.forecast import label_forecasts
-from ssld.processes import kill
 from ssld.recipe import Recipe, differences, dump, read_recipe
 from ssld.rundir import Options, RunDirectory, Status
-from ssld.signals import Stop
-from ssld.soft import Labelled
+from ssld.signals import Stop, importing, interrupting
+from ssld.soft import Labelled, SoftSource
 from ssld.threads import shared_by
 from ssld.watch import watch
 
 if TYPE_CHECKING:
     from ssld.crew import Crew
 
-GOES_ON = (Interrupted, ProcessError, StallError, StorageError)
-"""After these the same command goes on where it was."""
 
-
+@interrupting()
 def run(
     recipe: str | Path | Recipe,
     out: str | Path | None = None,
@@ -68,14 +54,16 @@ def run(
     directory holds results of another recipe and rerun is not set.
     """
     read = recipe if isinstance(recipe, Recipe) else read_recipe(recipe, overrides)
-    directory = RunDirectory.of(read.name, out).path
-    plan = make_plan(read, limit=limit)
-    last = plan.find(str(until)) if until is not None else None
-    had = RunDirectory(directory).options()
-    options = _with(Options(device, limit, trust_teacher, had.nproc, had.stall_timeout), nproc, stall_timeout)
-    return Runner(directory, plan, options).run(rerun=rerun, last=last)
+    directory = RunDirectory.of(read.name, out)
+    with going_on(onward(directory), directory.exists):
+        plan = make_plan(read, limit=limit)
+        last = plan.find(str(until)) if until is not None else None
+        had = directory.options()
+        options = _with(Options(device, limit, trust_teacher, had.nproc, had.stall_timeout), nproc, stall_timeout)
+        return Runner(directory, plan, options).run(rerun=rerun, last=last)
 
 
+@interrupting()
 def resume(
     out: str | Path | None = None,
     *,
@@ -88,12 +76,18 @@ def resume(
     out: the run directory, the newest under runs/ when left out; nproc, stall_timeout: others than the run has had.
     Raises RecipeError when there is nothing to resume.
     """
-    directory = existing_run(out)
-    recipe, options = RunDirectory(directory).recorded()
-    options = _with(options, nproc, stall_timeout)
-    plan = make_plan(recipe, limit=options.limit)
-    first = plan.find(str(stage)) if stage is not None else None
-    return Runner(directory, plan, options).run(first=first)
+    directory = RunDirectory(existing_run(out))
+    with going_on(onward(directory), directory.exists):
+        recipe, options = directory.recorded()
+        options = _with(options, nproc, stall_timeout)
+        plan = make_plan(recipe, limit=options.limit)
+        first = plan.find(str(stage)) if stage is not None else None
+        return Runner(directory, plan, options).run(first=first)
+
+
+def onward(directory: RunDirectory) -> str:
+    """The command that goes on with a run."""
+    return f"continue: ssld resume --out {shlex.quote(str(directory.path))}"
 
 
 def _with(options: Options, nproc: int | None, stall_timeout: float | None) -> Options:
@@ -142,6 +136,7 @@ def overview(directory: Path, plan: Plan, *, foresee: bool = True) -> Overview:
     return Overview(directory, stages, labels, tuple(remarks), test=tested)
 
 
+@interrupting()
 def label(
     recipe: str | Path | Recipe,
     out: str | Path | None = None,
@@ -160,64 +155,37 @@ def label(
     static slices of the shards; stall_timeout: as for `run`. Raises RecipeError where no stage keeps labels, or the
     teacher is still to be trained.
     """
-    read = recipe if isinstance(recipe, Recipe) else read_recipe(recipe, overrides)
-    directory = RunDirectory.of(read.name, out)
-    plan = make_plan(read, limit=limit)
-    nodes = keeping(plan, stage)
-    had = Options(device, limit, trust_teacher, stall_timeout=directory.options().stall_timeout)
-    options = _with(had, None, stall_timeout)
-    directory.claim()
-    from ssld.train.networks import use_device
+    again = "continue: the same ssld label again"
+    with going_on(again):
+        read = recipe if isinstance(recipe, Recipe) else read_recipe(recipe, overrides)
+        directory = RunDirectory.of(read.name, out)
+        plan = make_plan(read, limit=limit)
+        nodes = keeping(plan, stage)
+        had = Options(device, limit, trust_teacher, stall_timeout=directory.options().stall_timeout)
+        options = _with(had, None, stall_timeout)
+        directory.claim()
+        stop, journal = Stop(), Journal(directory.path)
+        try:
+            stalled = watch.on(options.stall_timeout, lambda error: end(error, journal, again))
+            with stop.listening(), stalled, memory_named(again):
+                with importing():
+                    from ssld.train.networks import use_device
 
-    stop, journal, again = Stop(), Journal(directory.path), "continue: the same ssld label again"
-    try:
-        stalled = watch.on(options.stall_timeout, lambda error: end(error, journal, again))
-        with stop.listening(), stalled, memory_named(again):
-            use_device(device)
-            soft = Inputs.of(directory, plan, options, journal, lambda: stop.number).soft
-            done = []
-            for node in nodes:
-                journal.place = f"{node.number} {node.name}"
-                soft.check(node)
-                done += soft.label(node, *part)
-                # what a run compares its student on, so that it asks the teacher nothing
-                soft.reference(node)
-            return done
-    except GOES_ON as error:
-        error.add_note(again)
-        raise
-    finally:
-        journal.close()
+                stop.check("before anything was labelled")
+                use_device(device)
+                soft = Inputs.of(directory, plan, options, journal, lambda: stop.number).soft
+                return [done for node in nodes for done in _label(soft, node, part, journal)]
+        finally:
+            journal.close()
 
 
-def end(error: StallError, journal: Journal, onward: str) -> None:
-    """End the process, whose threads may be held where no exception reaches them; what was committed stands.
-
-    They may hold the locks of the log and the screen, and the log may lie on the disk that does not answer.
-    """
-    kill()
-    cursor = "\x1b[?25h" if journal.console.is_terminal else ""
-    with suppress(OSError):
-        os.write(2, f"{cursor}Error: {error}\n{onward}\n".encode())
-    log = threading.Thread(target=journal.detail, args=(f"Error: {error}",), daemon=True)
-    log.start()
-    log.join(1)
-    os._exit(error.exit_code)
-
-
-@contextmanager
-def memory_named(onward: str) -> Iterator[None]:
-    """Raise a MemoryError, of numpy or of paddle, as SsldError: a run that wants too much is no defect of ours."""
-    try:
-        yield
-    except MemoryError as error:
-        said = str(error).strip().partition("\n")[0]
-        short = SsldError(
-            f"expected memory for what the recipe asks for, got none{f' ({said})' if said else ''}; lower batch_size, "
-            f"resolution or --nproc; what was saved stands"
-        )
-        short.add_note(onward)
-        raise short from error
+def _label(soft: SoftSource, node: Node, part: tuple[int, int], journal: Journal) -> list[Labelled]:
+    journal.place = f"{node.number} {node.name}"
+    soft.check(node)
+    done = soft.label(node, *part)
+    # what a run compares its student on, so that it asks the teacher nothing
+    soft.reference(node)
+    return done
 
 
 def keeping(plan: Plan, stage: str | int | None) -> list[Node]:
@@ -250,12 +218,12 @@ def newest_run(root: Path) -> Path:
 class Runner:
     """Brings a run directory to the end of a plan."""
 
-    def __init__(self, directory: Path, plan: Plan, options: Options) -> None:
-        self.directory = RunDirectory(directory)
+    def __init__(self, directory: RunDirectory, plan: Plan, options: Options) -> None:
+        self.directory = directory
         self.plan = plan
         self.options = options
         self.stop = Stop()
-        self.onward = f"continue: ssld resume --out {shlex.quote(str(directory))}"
+        self.onward = onward(directory)
 
     def run(self, *, rerun: bool = False, first: Node | None = None, last: Node | None = None) -> Overview:
         """Run every stage that is not done, up to `last`; `first` and what follows it starts again."""
@@ -269,8 +237,6 @@ class Runner:
             except SsldError as error:
                 if not isinstance(error, ChangedError):
                     journal.detail(f"Error: {error}")
-                if isinstance(error, GOES_ON) and self.directory.exists():
-                    error.add_note(self.onward)
                 raise
             finally:
                 journal.close()
@@ -334,20 +300,14 @@ class Runner:
         fresh = not self.directory.exists()
         if not old.nodes:
             self._begin()
-        # paddle takes SIGTERM for itself when it is imported, so it comes before our own handlers
-        from ssld.crew import Crew
-        from ssld.preflight import preflight
-        from ssld.score import score_checkpoint
-
-        inputs = Inputs.of(self.directory, self.plan, self.options, journal, lambda: self.stop.number)
         with self.stop.listening():
-            try:
-                preflight(todo, inputs)
-            except SsldError as error:
-                if fresh and not isinstance(error, Interrupted):
-                    self.directory.forget()
-                raise
-            self.stop.check("before anything was spent")
+            with importing():
+                from ssld.crew import Crew
+                from ssld.preflight import preflight
+                from ssld.score import score_last
+
+            inputs = Inputs.of(self.directory, self.plan, self.options, journal, lambda: self.stop.number)
+            self._try(fresh, lambda: preflight(todo, inputs))
             if old.nodes:
                 # recorded first: a process that is killed while results move must not go on with the old recipe
                 self._begin()
@@ -355,18 +315,22 @@ class Runner:
             self._describe(journal)
             count = self.options.nproc if todo else 1
             with Crew(self.directory.path, count, journal.met, lambda: self.stop.number) as crew:
-                inputs = replace(inputs, ranks=crew.ranks)
                 for node in todo:
-                    self._run_stage(node, inputs, crew)
+                    self._run_stage(node, replace(inputs, ranks=crew.ranks), crew)
                     self.stop.check(f"after {node.name}, which is finished")
-            if complete and self._untested() and self.plan.data.test is not None:
-                last = self.plan.nodes[-1]
-                metrics = score_checkpoint(inputs.members.finished(last.name), self.plan.data.test, self.options.device)
-                self.directory.keep_tested(last, self.plan.data.test.identity, metrics)
-                journal.record("test", stage=last.name, **metrics)
-                journal.note(
-                    f"[{last.number} {last.name}] test " + " ".join(f"{k} {v:.4f}" for k, v in metrics.items())
-                )
+            if complete and self._untested():
+                score_last(inputs, lambda: self.stop.check("before the test set was measured"))
+
+    def _try(self, fresh: bool, preflight: Callable[[], None]) -> None:
+        """What is wrong is met now; a run that has just begun then never was, but for a signal."""
+        self.stop.check("before anything was spent")
+        try:
+            preflight()
+        except SsldError as error:
+            if fresh and not isinstance(error, Interrupted):
+                self.directory.forget()
+            raise
+        self.stop.check("before anything was spent")
 
     def _test_metrics(self) -> Mapping[str, float] | None:
         test = self.plan.data.test

@@ -17,12 +17,12 @@ from rich.console import Console
 
 from ssld.contracts import Ranks
 from ssld.crew import GOING_ON
-from ssld.errors import ChangedError, Interrupted, RankError, SsldError, StallError
+from ssld.ending import leave, wanted_memory
+from ssld.errors import ChangedError, Interrupted, RankError, SsldError
 from ssld.graph import make_plan
 from ssld.inputs import Inputs
 from ssld.journal import Journal
 from ssld.preview.trial import endless, trial
-from ssld.processes import kill
 from ssld.rundir import RunDirectory
 from ssld.train.networks import use_device
 from ssld.train.ranks import Meeting
@@ -54,6 +54,10 @@ class Boss:
     def tell(self, **message: Any) -> None:
         self.out.write(json.dumps(message) + "\n")
         self.out.flush()
+
+    def tell_of(self, error: SsldError) -> None:
+        """Let rank 0 raise it."""
+        self.tell(error=type(error).__name__, message=str(error))
 
 
 class Whisper(Journal):
@@ -95,13 +99,6 @@ def follow(directory: Path, ranks: Ranks, boss: Boss) -> None:
             node.kind.run(inputs.task(node, reached))
 
 
-def end(error: StallError, boss: Boss) -> None:
-    """End the process, after rank 0 was told why."""
-    boss.tell(error=type(error).__name__, message=str(error))
-    kill()
-    os._exit(error.exit_code)
-
-
 def main() -> int:
     """Ends with the code of the error that it met, which rank 0 was told."""
     number, count, connection, memory = map(int, sys.argv[2:])
@@ -109,14 +106,19 @@ def main() -> int:
     try:
         meeting = Meeting(number, [socket.socket(fileno=connection)], os.fdopen(memory, "r+b"))
         directory = Path(sys.argv[1])
-        with watch.on(RunDirectory(directory).options().stall_timeout, lambda error: end(error, boss)):
+        patience = RunDirectory(directory).options().stall_timeout
+        with watch.on(patience, lambda error: leave(error, lambda: boss.tell_of(error))):
             follow(directory, Ranks(number, count, meeting), boss)
     except (Interrupted, RankError) as error:
         # rank 0 knows of the signal, and meets what all ranks have met
         return error.exit_code
     except SsldError as error:
-        boss.tell(error=type(error).__name__, message=str(error))
+        boss.tell_of(error)
         return error.exit_code
+    except MemoryError as error:
+        # a code of its own: who ends with that of RankError is taken to miss another rank
+        boss.tell_of(RankError(wanted_memory(error)))
+        return SsldError.exit_code
     return 0
 
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ssld.signals import ASKED
+from ssld.signals import held
 
 _started: weakref.WeakSet[subprocess.Popen[Any]] = weakref.WeakSet()
 
@@ -24,7 +22,7 @@ def start(
     Its input ends when this process does, however it goes, and then the module has to end. It never hears what
     asks to end: a signal to the whole group is for this process to act upon.
     """
-    with _deaf():
+    with held():
         process = subprocess.Popen(
             # -P: what lies in the current directory is not to be imported
             [sys.executable, "-P", "-m", module, *words],
@@ -45,13 +43,3 @@ def kill() -> None:
     """
     for process in tuple(_started):
         process.kill()
-
-
-@contextmanager
-def _deaf() -> Iterator[None]:
-    """What is started in here inherits that these signals are blocked."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, ASKED)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from ssld import checkpoint
@@ -9,8 +10,9 @@ from ssld.checkpoint import Checkpoint
 from ssld.data.samples import Samples, same_classes
 from ssld.data.sources import open_source
 from ssld.errors import CheckpointError
+from ssld.inputs import Inputs
 from ssld.rundir import result_of
-from ssld.train.evaluation import evaluate
+from ssld.train.evaluation import Evaluator
 from ssld.train.networks import restored, use_device
 
 
@@ -34,8 +36,22 @@ def score(path: Path, data: str, device: str = "cpu") -> tuple[int, dict[str, fl
     return len(samples), score_checkpoint(found, samples, device)
 
 
-def score_checkpoint(found: Checkpoint, samples: Samples, device: str) -> dict[str, float]:
+def score_last(inputs: Inputs, go_on: Callable[[], None]) -> None:
+    """Measure the last stage of a run on the test set, and record it; go_on(): may raise to end it."""
+    members, journal = inputs.members, inputs.journal
+    last, test = members.plan.nodes[-1], members.plan.data.test
+    assert test is not None, "it is asked for where there is one"
+    metrics = score_checkpoint(members.finished(last.name), test, members.options.device, go_on)
+    members.run.keep_tested(last, test.identity, metrics)
+    journal.record("test", stage=last.name, **metrics)
+    numbers = " ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+    journal.note(f"[{last.number} {last.name}] test {numbers}")
+
+
+def score_checkpoint(
+    found: Checkpoint, samples: Samples, device: str, go_on: Callable[[], None] = lambda: None
+) -> dict[str, float]:
     """Top-1 and top-5, in [0, 1], of a checkpoint's student on samples of its classes."""
     use_device(device)
     model, weights = result_of(found)
-    return evaluate(restored(model, weights, str(found.path)), samples, model.pipeline, device)
+    return Evaluator(restored(model, weights, str(found.path)), model.pipeline, device, go_on)(samples)

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 from ssld.errors import Interrupted
 
-ASKED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-"""What asks a process to end; SIGHUP is a terminal that is closed."""
+UNTAKEN: dict[signal.Signals, Callable[[int, FrameType | None], object] | signal.Handlers] = {
+    signal.SIGTERM: signal.SIG_DFL,
+    signal.SIGINT: signal.default_int_handler,
+    signal.SIGHUP: signal.SIG_DFL,
+}
+"""What asks a process to end, and what Python does of itself; SIGHUP is a terminal that is closed."""
+ASKED = tuple(UNTAKEN)
 
 
 class Stop:
@@ -22,14 +28,14 @@ class Stop:
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Remember the first signal; a second one acts as it would without us, at once."""
-        if threading.current_thread() is not threading.main_thread():
+        if not _may_handle():
             yield
             return
 
         def remember(number: int, frame: object) -> None:
             self.number = number
             for other, handler in old.items():
-                signal.signal(other, handler)
+                signal.signal(other, UNTAKEN[other] if handler is _interrupt else handler)
 
         # under nohup the end of the terminal is none of ours
         heard = [number for number in ASKED if signal.getsignal(number) != signal.SIG_IGN]
@@ -44,3 +50,59 @@ class Stop:
         """Raise Interrupted, with the shell's exit code for the signal, when one came. where: what was reached."""
         if self.number is not None:
             raise Interrupted(f"stopped by {signal.Signals(self.number).name} {where}", 128 + self.number)
+
+
+@contextmanager
+def interrupting() -> Iterator[None]:
+    """In here the first signal that would end the process without a word raises Interrupted, wherever it comes."""
+    taken = [number for number in ASKED if _may_handle() and signal.getsignal(number) == UNTAKEN[number]]
+    for number in taken:
+        signal.signal(number, _interrupt)
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, UNTAKEN[number])
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    for other in ASKED:
+        if signal.getsignal(other) is _interrupt:
+            signal.signal(other, UNTAKEN[other])
+    name = signal.Signals(number).name
+    raise Interrupted(f"stopped by {name}; nothing that was committed is lost", 128 + number)
+
+
+@contextmanager
+def held() -> Iterator[None]:
+    """What asks to end waits until the end of this; threads and processes that are started in here never hear it.
+
+    A thread that was started before hears it for all: what is to be held has to be held there as well.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ASKED)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """In here signals wait, and keep their handlers: a library may take them, and half an import cannot be mended.
+
+    paddle takes SIGTERM, to print a trace of its own and die.
+    """
+    with held():
+        handlers = {number: signal.getsignal(number) for number in ASKED}
+        try:
+            yield
+        finally:
+            # before they are let in
+            for number, handler in handlers.items():
+                if handler is not None and _may_handle():
+                    signal.signal(number, handler)
+
+
+def _may_handle() -> bool:
+    """Python lets only the main thread set handlers."""
+    return threading.current_thread() is threading.main_thread()

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from ssld.errors import StallError
+from ssld.signals import held
 
 LOOK = 1.0
 """Seconds between two looks, at most. A process that is suspended does not look, so that time does not count."""
@@ -79,7 +80,8 @@ class Watch:
 
         thread = threading.Thread(target=watch, name="ssld-watch", daemon=True)
         if seconds:
-            thread.start()
+            with held():
+                thread.start()
         try:
             yield
         finally:

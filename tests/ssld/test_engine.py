@@ -114,7 +114,7 @@ class Stages:
         steps = task.settings.total_steps(len(task.data))
         return Outcome(state(task, steps, metrics={"top1": 0.5, "top5": 1.0}), {"top1": 0.5, "top5": 1.0})
 
-    def score(self, found, samples, device):
+    def score(self, found, samples, device, go_on):
         """In place of an evaluation: each is told from those before it by its result."""
         self.scored.append((found.state["stage"], samples.identity, device))
         return {"top1": len(self.scored) / 100, "top5": 1.0}
@@ -855,7 +855,11 @@ def test_the_forecast_is_of_stages_that_are_still_to_run(stages, asked):
 # Signals --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+CODES = [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)]
+HANDLED = [number for number, _ in CODES]
+
+
+@pytest.mark.parametrize(("number", "code"), CODES)
 def test_a_signal_is_shown_to_the_stage_and_the_run_stops_after_it(stages, number, code):
     seen = []
 
@@ -864,14 +868,14 @@ def test_a_signal_is_shown_to_the_stage_and_the_run_stops_after_it(stages, numbe
         os.kill(os.getpid(), number)
         seen.append(task.stop())
 
-    handlers = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
+    handlers = [signal.getsignal(each) for each in HANDLED]
     stages.before["distill"] = before
     with pytest.raises(Interrupted, match=f"stopped by {number.name} after distill, which is finished") as caught:
         run()
     assert caught.value.exit_code == code
     assert caught.value.__notes__ == ["continue: ssld resume --out runs/ladder"]
     assert seen == [None, number]
-    assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == handlers
+    assert [signal.getsignal(each) for each in HANDLED] == handlers
     assert kinds(engine.status()) == ["done", "done", "new", "new"]
     assert kinds(engine.resume()) == ["done"] * 4
     assert stages.ran == LADDER
@@ -886,6 +890,46 @@ def test_a_signal_in_the_last_stage_leaves_the_test_set_for_later(stages):
     assert stages.ran == LADDER
 
 
+@pytest.mark.parametrize(("number", "code"), CODES)
+def test_a_signal_while_the_test_set_is_measured_leaves_it_for_later(stages, monkeypatch, number, code):
+    def stopped(found, samples, device, go_on):
+        os.kill(os.getpid(), number)
+        go_on()
+        pytest.fail("it went on")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(score, "score_checkpoint", stopped)
+        with pytest.raises(Interrupted, match=f"stopped by {number.name} before the test set was measured") as caught:
+            run()
+    assert caught.value.exit_code == code
+    assert caught.value.__notes__ == ["continue: ssld resume --out runs/ladder"]
+    assert engine.status().test is None
+    assert engine.resume().test == {"top1": 0.01, "top5": 1.0}
+    assert stages.ran == LADDER
+
+
+@pytest.mark.parametrize(("number", "code"), CODES)
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_signal_while_it_is_planned_ends_it_with_its_code(stages, monkeypatch, number, code, begun):
+    """There is something to go on with where an earlier run has begun; labelling begins anew where it was."""
+    if begun:
+        run(until="teach")
+
+    def interrupted(*_, **__):
+        os.kill(os.getpid(), number)
+        pytest.fail("it went on")
+
+    handlers = [signal.getsignal(each) for each in HANDLED]
+    monkeypatch.setattr(engine, "make_plan", interrupted)
+    ways = {run: begun, **({engine.resume: True} if begun else {}), lambda: engine.label(write(STORED)): True}
+    for way, goes_on in ways.items():
+        with pytest.raises(Interrupted, match=f"^stopped by {number.name}; nothing that was committed") as caught:
+            way()
+        assert caught.value.exit_code == code
+        assert bool(getattr(caught.value, "__notes__", ())) == goes_on
+        assert [signal.getsignal(each) for each in HANDLED] == handlers
+
+
 def test_a_signal_before_the_first_stage_spends_nothing(stages, monkeypatch):
     monkeypatch.setattr(preflight, "preflight", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(Interrupted, match="before anything was spent"):
@@ -894,8 +938,8 @@ def test_a_signal_before_the_first_stage_spends_nothing(stages, monkeypatch):
 
 
 def test_the_handlers_come_back_after_an_error(stages):
-    handlers = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
+    handlers = [signal.getsignal(each) for each in HANDLED]
     stages.before["teach"] = stop_at(1)
     with pytest.raises(Interrupted):
         run()
-    assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == handlers
+    assert [signal.getsignal(each) for each in HANDLED] == handlers

@@ -53,7 +53,11 @@ def fail():
 def stumble():
     raise ValueError("a defect of a plug-in")
 
+def want():
+    np.ones(2**50, np.float32)
+
 ACTS = {
+    "want": want,
     "noise": noise,
     "fail": fail,
     "stumble": stumble,
@@ -197,6 +201,11 @@ def test_what_a_plug_in_prints_disturbs_nobody_and_a_process_may_lead_two_runs(c
     ("act", "kind", "message"),
     [
         ("fail", DataError, r"^rank 1: expected quiet, got noise$"),
+        (
+            "want",
+            RankError,
+            r"^rank 1: expected memory for what .* none \(Unable to allocate 4\.00 PiB .*; lower batch_size",
+        ),
         ("stumble", RankError, r"^expected rank 1 \(pid \d+\) to go on, it ended with exit code 1; what was saved"),
         ("leave", RankError, r"^expected rank 1 \(pid \d+\) to go on, it ended with exit code 5; what was saved"),
         ("die", RankError, r"^expected rank 1 \(pid \d+\) to go on, it ended with signal 9; what was saved"),
