@@ -324,10 +324,12 @@ def campaign(folder: Path, damage: Make, count: int, openings: tuple[Opening, ..
     return words, problems
 
 
-def seen(folder: Path, damage: Make, count: int) -> Counter[str]:
+def expect_none_silent(folder: Path, damage: Make, count: int) -> None:
     words, problems = campaign(folder, damage, count, OPENINGS)
     assert not problems, f"{len(problems)} problems, {words}\n" + "\n".join(problems[:20])
-    return words
+    # the damage was such that it can be seen, and a file that was written anew is seen always
+    assert words["fresh: refused"] > count // 20
+    assert [word for word in words if word.startswith("replaced")] == ["replaced: refused"]
 
 
 every_damage = pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: damage.__name__)
@@ -345,18 +347,14 @@ def test_sound_shards_deliver_all(tmp_path: Path) -> None:
 
 @every_damage
 def test_no_sample_is_lost_or_joined_without_being_named(tmp_path: Path, damage: Make) -> None:
-    words = seen(tmp_path, damage, NORMAL)
-    assert words["fresh: refused"] > 5
-    assert [word for word in words if word.startswith("replaced")] == ["replaced: refused"]
+    expect_none_silent(tmp_path, damage, NORMAL)
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(1500)
 @every_damage
 def test_a_thousand_of_each(tmp_path: Path, damage: Make) -> None:
-    words = seen(tmp_path, damage, LONG)
-    assert words["fresh: refused"] > 100
-    assert [word for word in words if word.startswith("replaced")] == ["replaced: refused"]
+    expect_none_silent(tmp_path, damage, LONG)
 
 
 # Tests of the test ----------------------------------------------------------------------------------------------------
