@@ -68,8 +68,7 @@ def remove(kept: Kept) -> None:
     for run in kept.directory.resolve().parents:
         if working := holder(run):
             raise BusyError(
-                f"cannot remove {kept.directory}: {run} is in use by {working}; wait for it, or stop it and remove them "
-                "then"
+                f"cannot remove {kept.directory}: {run} is in use by {working}; wait for it, or stop it first"
             )
     with reported(kept.directory, 0):
         for path in (*kept.files, kept.directory / DESCRIPTION):
