@@ -18,14 +18,19 @@ import numpy as np
 
 from ssld.checkpoint import decode
 from ssld.contracts import Arrays
-from ssld.errors import CheckpointError
+from ssld.ending import leave
+from ssld.errors import CheckpointError, StallError
 from ssld.importing.pickles import REFUSED
 from ssld.processes import start
+from ssld.terminal import tell
+from ssld.watch import watch
 
 MEMORY = (64 * 2**20, 4)
 """What a file may take to be read: bytes, and times its size. In protocol 2 a tensor lies in memory as text as well."""
 SECONDS = (10, 10_000_000)
 """Of a processor: how many, and one more for so many bytes."""
+WAIT = 600.0
+"""Seconds of the clock, since a disk that does not answer takes no processor."""
 
 _BY_PARAMETER = re.compile(r".*(\.[wb]_\d+|_weights|_offset)")
 _NORM = r"(weight|bias|_mean|_variance)"
@@ -44,9 +49,16 @@ def read(path: Path) -> dict[str, np.ndarray]:
     """The tensors of a .pdparams file by their structured names, as PaddleClas calls them today; bfloat16 as float32.
 
     No code of the file runs. Raises CheckpointError for what is no such file, for one that names its tensors by
-    parameter, and for numbers that are not finite.
+    parameter, and for numbers that are not finite. Ends the process, as after a StallError, where it takes too long.
     """
-    arrays = {name[1:]: array.T if name[0] == "F" else array for name, array in decode(_tensors(path), path).items()}
+    late = StallError(
+        f"expected {path} to be read within {WAIT:g} s, got only a part or nothing; see why its disk does not answer, "
+        f"or copy it to another one and import it from there"
+    )
+    # the words of the watch name an option that only runs have
+    with watch.on(WAIT, lambda _: leave(late, lambda: tell(f"Error: {late}"))), watch.awaiting(lambda: str(path)):
+        data = _tensors(path)
+    arrays = {name[1:]: array.T if name[0] == "F" else array for name, array in decode(data, path).items()}
     by_parameter = next(filter(_BY_PARAMETER.fullmatch, arrays), None)
     if by_parameter is not None:
         raise CheckpointError(
@@ -135,9 +147,10 @@ def _unpickled(file: IO[bytes], path: Path) -> bytes:
     try:
         assert process.stdin is not None, "made with a pipe"
         assert process.stdout is not None, "made with a pipe"
+        # its input ends after it, since it ends with its input
         with process.stdin, process.stdout as out:
             data: bytes = out.read()
-        code = process.wait()
+            code = process.wait()
     finally:
         process.kill()
         process.wait()

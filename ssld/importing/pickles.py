@@ -3,7 +3,7 @@
 A pickle is a program that names what it calls. Here each name that such a file needs stands for something of this
 module, which writes down what it is given; any other name ends the reading. numpy is not loaded, so no number of the
 file reaches it before it was checked. What a file can still do is take memory, time, or the interpreter with it, which
-is why this is a process of its own, with limits.
+is why this is a process of its own, with limits, that ends with the one that started it.
 
 The tensors go to standard output as a safetensors file; "C" or "F" before each name says in which order its numbers
 lie.
@@ -11,12 +11,14 @@ lie.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
 import pickle
 import resource
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -183,7 +185,23 @@ def limit(memory: int, seconds: int) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
 
 
+def follow(descriptor: int) -> None:
+    """End this process when the input does, which the one that started it holds open as long as it lives."""
+
+    def wait() -> None:
+        os.read(descriptor, 1)
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
+    # the unpickler may hold the interpreter for all its time, and then no thread runs; the system's signal, SIGIO, ends
+    # the process all the same, but for macOS, where only the thread does
+    fcntl.fcntl(descriptor, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) | os.O_ASYNC)
+
+
 def main(descriptor: int, memory: int, seconds: int) -> int:
+    # first: its thread takes memory too, which is not the file's
+    follow(sys.stdin.fileno())
     limit(memory, seconds)
     try:
         with open(descriptor, "rb") as file:

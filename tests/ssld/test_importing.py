@@ -10,11 +10,13 @@ import pickle
 import random
 import re
 import shlex
+import signal
 import struct
 import subprocess
 import sys
+import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -285,7 +287,7 @@ def test_what_is_no_file_is_in_the_way_too(tmp_path: Path, obstruct: Callable[[P
         (["gone.pdparams"], 65, "got gone.pdparams: No such file or directory"),
         (["."], 65, "which is no file"),
         (["a.pdparams", "--out", "a.pdparams"], 2, "--out: expected a name that ends in .safetensors"),
-        (["a.pdparams", "--network", "ResNet50"], 2, "unknown student 'ResNet50', did you mean ResNet50_vd"),
+        (["a.pdparams", "--network", "ResNet50_vdd"], 2, "unknown student 'ResNet50_vdd', did you mean ResNet50_vd"),
     ],
 )
 def test_wrong_words(call, words: list[str], code: int, part: str) -> None:
@@ -448,3 +450,82 @@ def test_a_cut_is_refused_and_a_changed_bit_gives_tensors_of_the_same_size_or_is
     refusals, passed = map(int, done.stdout.split())
     assert passed > 1000
     assert refusals > 1000
+
+
+# An end that comes from outside --------------------------------------------------------------------------------------
+
+
+READ = """
+import os, signal, sys
+from pathlib import Path
+from ssld.importing import paddleclas
+real = paddleclas.start
+def start(*words, **options):
+    process = real(*words, **options)
+    print(process.pid, flush=True)
+    if sys.argv[1] == "stopped":
+        process.send_signal(signal.SIGSTOP)
+    return process
+paddleclas.start, paddleclas.SECONDS, paddleclas.WAIT = start, (600, 10**7), float(sys.argv[2])
+paddleclas.read(Path("net.pdparams"))
+"""
+
+
+@pytest.fixture
+def reading(tmp_path: Path) -> Iterator[Callable[..., tuple[subprocess.Popen[str], int]]]:
+    """Start a process that reads net.pdparams by another one, and return it with the pid of that.
+
+    Both have one standard error, so that it ends when both have.
+    """
+    started: list[tuple[subprocess.Popen[str], int]] = []
+
+    def begin(*words: str) -> tuple[subprocess.Popen[str], int]:
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        process = subprocess.Popen([sys.executable, "-c", READ, *words], cwd=tmp_path, text=True, **pipes)
+        assert process.stdout is not None
+        started.append((process, int(process.stdout.readline())))
+        return started[-1]
+
+    yield begin
+    for process, other in started:
+        process.kill()
+        # it holds the pipe open as long as it is there, and then nobody else has its number
+        if process.stderr is not None and not process.stderr.closed:
+            os.kill(other, signal.SIGKILL)
+            process.communicate()
+
+
+def test_a_disk_that_does_not_answer_ends_it_with_a_word(tmp_path: Path, reading) -> None:
+    (tmp_path / "net.pdparams").write_bytes(GOOD)
+    process, _ = reading("stopped", "0.4")
+    _, said = process.communicate(timeout=240)
+    assert process.returncode == 69
+    assert said.startswith("Error: expected net.pdparams to be read within 0.4 s, got only a part or nothing; see why ")
+    assert said.count("\n") == 1
+
+
+def test_what_reads_a_file_ends_with_the_process_that_wants_it_though_it_never_leaves_its_unpickler(
+    tmp_path: Path, reading
+) -> None:
+    (tmp_path / "net.pdparams").write_bytes(collisions(500_000))
+    process, other = reading("running", "600")
+    began = time.monotonic()
+    while cpu_seconds(other) < 1:
+        assert time.monotonic() < began + 240
+        time.sleep(0.05)
+    process.kill()
+    process.communicate(timeout=240)
+
+
+def test_it_ends_too_on_a_system_that_sends_no_signal() -> None:
+    program = (
+        "import fcntl, time; from ssld.importing import pickles\n"
+        "fcntl.fcntl = lambda *words: 0\n"
+        "pickles.follow(0); time.sleep(240)"
+    )
+    assert subprocess.run([sys.executable, "-c", program], input=b"", timeout=120).returncode == 0
+
+
+def cpu_seconds(pid: int) -> float:
+    user, system = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
