@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +11,13 @@ from ssld import plugins
 from ssld.checkpoint import fit_weights, write_weights
 from ssld.contracts import Arrays
 from ssld.errors import RecipeError, SsldError
+from ssld.files import ABANDONED, sweep_old
 from ssld.importing import paddleclas
+from ssld.signals import Stop, interrupting
 from ssld.train.shapes import outline
 
 SUFFIX = ".safetensors"
+_BEFORE = "before anything was written"
 
 
 @dataclass(frozen=True)
@@ -25,19 +29,25 @@ class Imported:
     networks: dict[str, int]
 
 
+@interrupting()
 def convert(file: Path, out: Path | None, network: str | None, note: Callable[[str], None]) -> Imported:
     """Write a .pdparams file as .safetensors, beside it where `out` is None; another file there is never replaced.
 
     network: the one that has to have just these tensors, with whatever number of classes; None to look for it.
     note: is told what could not be compared, or what comes nearest.
-    Raises CheckpointError for a file that cannot be read or does not fit, OutputError where another file is in the way.
+    Raises CheckpointError for a file that cannot be read or does not fit, OutputError where another file is in the way,
+    Interrupted after a signal; one that comes when the file was read waits for the end of a network or of the writing.
     """
     if out is not None and out.suffix != SUFFIX:
         raise RecipeError(f"--out: expected a name that ends in {SUFFIX}, got {out}")
-    weights = paddleclas.read(file)
-    networks = _checked(weights, network, file) if network else _fitting(weights, note)
+    weights, stop = paddleclas.read(file), Stop()
     target = out or file.with_suffix(SUFFIX)
-    write_weights(target, weights)
+    with stop.listening():
+        networks = _checked(weights, network, file) if network else _fitting(weights, note, stop)
+        stop.check(_BEFORE)
+        sweep_old(target.parent, ABANDONED, f".tmp-{glob.escape(target.name)}-*")
+        write_weights(target, weights)
+    stop.check(f"after {target} was written")
     return Imported(target, len(weights), networks)
 
 
@@ -49,11 +59,12 @@ def _checked(weights: Arrays, network: str, file: Path) -> dict[str, int]:
     return {network: made.count}
 
 
-def _fitting(weights: Arrays, note: Callable[[str], None]) -> dict[str, int]:
+def _fitting(weights: Arrays, note: Callable[[str], None], stop: Stop) -> dict[str, int]:
     """All installed networks that have just these tensors."""
     shapes = {name: array.shape for name, array in weights.items()}
     fitting, shared = {}, {}
     for network in sorted({found.name for found in plugins.find("students")}):
+        stop.check(_BEFORE)
         try:
             made = outline(network)
             # the others need not be built a second time

@@ -14,6 +14,7 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
@@ -25,10 +26,11 @@ import paddle
 import pytest
 from click.testing import CliRunner, Result
 
-from ssld import checkpoint
+from ssld import checkpoint, files
 from ssld.cli import main
 from ssld.errors import CheckpointError, OutputError
-from ssld.importing import paddleclas
+from ssld.importing import conversion, paddleclas
+from ssld.signals import UNTAKEN
 from ssld.train import networks
 
 KEYS = Path(__file__).parents[1] / "students" / "paddleclas_keys.json.gz"
@@ -453,6 +455,102 @@ def test_a_cut_is_refused_and_a_changed_bit_gives_tensors_of_the_same_size_or_is
 
 
 # An end that comes from outside --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def untaken() -> Iterator[None]:
+    """The handlers of a process of its own; those of the tests come back."""
+    before = {number: signal.signal(number, handler) for number, handler in UNTAKEN.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("untaken")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_while_the_file_is_read_ends_both_processes(
+    call, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, code: int
+) -> None:
+    started = []
+
+    def stopped(*words: Any, **options: Any) -> subprocess.Popen[bytes]:
+        started.append(start(*words, **options))
+        started[0].send_signal(signal.SIGSTOP)
+        threading.Timer(0.1, os.kill, (os.getpid(), number)).start()
+        return started[0]
+
+    start = paddleclas.start
+    monkeypatch.setattr(paddleclas, "start", stopped)
+    Path("net.pdparams").write_bytes(GOOD)
+    result = call("net.pdparams")
+    refused(result, f"Error: stopped by {number.name}", code=code)
+    assert result.stderr.count("\n") == 1
+    assert started[0].poll() == -signal.SIGKILL
+    assert [path.name for path in Path().iterdir()] == ["net.pdparams"]
+
+
+class Signalling(files.Disk):
+    """Is asked to end while it writes."""
+
+    def write(self, path: Path, data: bytes) -> None:
+        super().write(path, data[:1000])
+        os.kill(os.getpid(), signal.SIGTERM)
+        with path.open("ab") as file:
+            file.write(data[1000:])
+
+
+@pytest.mark.usefixtures("untaken")
+def test_a_signal_while_the_weights_are_written_waits_for_their_end(
+    call, small, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("net.pdparams").write_bytes(saved(small, 4))
+    monkeypatch.setattr(files, "disk", Signalling())
+    result = call("net.pdparams", "--network", SMALL)
+    refused(result, "stopped by SIGTERM after net.safetensors was written", code=143)
+    assert sorted(path.name for path in Path().iterdir()) == ["net.pdparams", "net.safetensors"]
+    assert checkpoint.read_weights(Path("net.safetensors")).keys() == small.keys()
+
+
+@pytest.mark.usefixtures("untaken")
+def test_a_signal_while_networks_are_compared_is_no_fault_of_one_of_them(
+    call, small, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def outline(name: str, *classes: int) -> Any:
+        if not asked:
+            os.kill(os.getpid(), signal.SIGINT)
+        asked.append(name)
+        return real(name, *classes)
+
+    real = conversion.outline
+    monkeypatch.setattr(conversion, "outline", outline)
+    Path("net.pdparams").write_bytes(saved(small, 4))
+    refused(call("net.pdparams"), "Error: stopped by SIGINT before anything was written", code=130)
+    assert len(set(asked)) == 1
+    assert [path.name for path in Path().iterdir()] == ["net.pdparams"]
+
+
+def test_what_a_killed_import_left_of_this_file_is_removed_later(call, small) -> None:
+    Path("n[e]t.pdparams").write_bytes(saved(small, 4))
+    stale, fresh, other, alike = (
+        ".tmp-n[e]t.safetensors-0",
+        ".tmp-n[e]t.safetensors-1",
+        ".tmp-a",
+        ".tmp-net.safetensors-0",
+    )
+    for name in (stale, fresh, other, alike):
+        Path(name).write_bytes(b"a part")
+        age = files.ABANDONED + (-60 if name == fresh else 60)
+        os.utime(name, (time.time() - age,) * 2)
+    assert call("n[e]t.pdparams", "--network", SMALL).exit_code == 0
+    assert {path.name for path in Path().iterdir()} == {
+        fresh,
+        other,
+        alike,
+        "n[e]t.pdparams",
+        "n[e]t.safetensors",
+    }
 
 
 READ = """
