@@ -520,8 +520,8 @@ def test_names_in_a_shard_are_keys_and_never_paths(outside: Path) -> None:
         "ü\u202e.png",
     ]
     special = {
-        "link.png": link("link.png", tarfile.SYMTYPE, "/etc/passwd"),
-        "hard.png": link("hard.png", tarfile.LNKTYPE, "../../up.png"),
+        "link.txt": link("link.txt", tarfile.SYMTYPE, "/etc/passwd"),
+        "hard.txt": link("hard.txt", tarfile.LNKTYPE, "../../up.png"),
         "device.png": link("device.png", tarfile.CHRTYPE),
         "pipe.png": link("pipe.png", tarfile.FIFOTYPE),
     }
@@ -533,6 +533,12 @@ def test_names_in_a_shard_are_keys_and_never_paths(outside: Path) -> None:
     with tarfile.open("out/shard-000000.tar") as packed:
         assert all(member.isreg() for member in packed)
         assert not [name for name in packed.getnames() if name.startswith(("/", "..")) or "/../" in name]
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE])
+def test_a_link_in_a_shard_is_not_followed(outside: Path, kind: bytes) -> None:
+    tar(Path("shards/0.tar"), {"a.png": png(), "b.png": link("b.png", kind, str(outside / "secret.png"))})
+    refused(*planned(data__unlabeled="shards"), part="b.png: expected a file, got a")
 
 
 @pytest.mark.parametrize(
