@@ -55,7 +55,7 @@ def run(
     """
     read = recipe if isinstance(recipe, Recipe) else read_recipe(recipe, overrides)
     directory = RunDirectory.of(read.name, out)
-    with going_on(onward(directory), directory.exists):
+    with going_on(onward(directory), directory.exists), interrupting():
         plan = make_plan(read, limit=limit)
         last = plan.find(str(until)) if until is not None else None
         had = directory.options()
@@ -77,7 +77,7 @@ def resume(
     Raises RecipeError when there is nothing to resume.
     """
     directory = RunDirectory(existing_run(out))
-    with going_on(onward(directory), directory.exists):
+    with going_on(onward(directory), directory.exists), interrupting():
         recipe, options = directory.recorded()
         options = _with(options, nproc, stall_timeout)
         plan = make_plan(recipe, limit=options.limit)
@@ -156,7 +156,7 @@ def label(
     teacher is still to be trained.
     """
     again = "continue: the same ssld label again"
-    with going_on(again):
+    with going_on(again), interrupting():
         read = recipe if isinstance(recipe, Recipe) else read_recipe(recipe, overrides)
         directory = RunDirectory.of(read.name, out)
         plan = make_plan(read, limit=limit)

@@ -54,23 +54,36 @@ class Stop:
 
 @contextmanager
 def interrupting() -> Iterator[None]:
-    """In here the first signal that would end the process without a word raises Interrupted, wherever it comes."""
+    """In here the first signal that would end the process without a word is raised as Interrupted, wherever it comes.
+
+    Inside of another one this only takes the signal to be that error earlier.
+    """
     taken = [number for number in ASKED if _may_handle() and signal.getsignal(number) == UNTAKEN[number]]
     for number in taken:
         signal.signal(number, _interrupt)
     try:
         yield
+    except _Came as came:
+        name = signal.Signals(came.number).name
+        raise Interrupted(f"stopped by {name}; nothing that was committed is lost", 128 + came.number) from came
     finally:
         for number in taken:
             signal.signal(number, UNTAKEN[number])
+
+
+class _Came(KeyboardInterrupt):
+    """A signal on its way out: whoever takes errors, of a plug-in or a file say, must not take it for one."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
     for other in ASKED:
         if signal.getsignal(other) is _interrupt:
             signal.signal(other, UNTAKEN[other])
-    name = signal.Signals(number).name
-    raise Interrupted(f"stopped by {name}; nothing that was committed is lost", 128 + number)
+    raise _Came(number)
 
 
 @contextmanager

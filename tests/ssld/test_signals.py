@@ -112,9 +112,21 @@ def test_a_second_signal_while_the_first_interrupts_acts_as_it_would_without_us(
     with interrupting():
         try:
             signal.raise_signal(signal.SIGTERM)
-        except Interrupted:
+        except BaseException:
             then.extend(handlers())
     assert then == before
+
+
+@pytest.mark.usefixtures("untaken")
+def test_who_takes_any_error_for_one_of_a_plug_in_does_not_take_a_signal_for_one():
+    def load():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except Exception:
+            pytest.fail("the plug-in is not at fault")
+
+    with pytest.raises(Interrupted), interrupting(), interrupting():
+        load()
 
 
 def test_a_handler_of_another_and_an_ignored_signal_are_left_alone(arrived):
