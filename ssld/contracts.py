@@ -197,7 +197,7 @@ class Task(Generic[S]):
     damage_budget: so many images of `data` may be unreadable.
     resume: where a stopped run of this same stage was, else None.
     save(state): commits a checkpoint; `best` and `kept` in the state's facts say which earlier ones stay.
-    stop(): the number of the signal that asks the run to end, or None; asked in every step.
+    stop(): the number of the signal that asks the run to end, or None; asked in every step and batch of an evaluation.
     ranks: the processes that run this stage at the same time; each is given the same task, and `save` does nothing on
     all but rank 0. A kind that does not train by `ssld.train.loop` takes its share of the work itself.
     """

@@ -242,7 +242,8 @@ def test_a_signal_while_the_engine_loads_ends_the_command_with_one_line(command,
 
 
 def stop_after(command: Any, seconds: float, number: int) -> tuple[int, str]:
-    with command("run", "tiny.yaml") as process:
+    # long enough to be at work at any of the moments
+    with command("run", "tiny.yaml", "-o", "stages.teach.epochs=3000") as process:
         time.sleep(seconds)
         process.send_signal(number)
         _, shown = process.communicate(timeout=250)
