@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from ssld.contracts import TeacherSpec
-from ssld.data import transforms
+from ssld.data import operators, transforms
 from ssld.data.loader import Damage, Replay, training_batches
 from ssld.data.sources import open_source
 from ssld.data.transforms import Pipeline
@@ -316,7 +316,7 @@ def test_an_image_that_became_unreadable_behind_its_time_is_named(tmp_path):
 def test_another_filter_in_the_image_library_is_found(tmp_path, monkeypatch):
     pool, teacher = shapes(), Projection()
     reader = labelled(store_in(tmp_path, teacher), teacher, pool)
-    monkeypatch.setitem(transforms._FILTERS, "bilinear", Image.Resampling.BICUBIC)
+    monkeypatch.setitem(operators.FILTERS, "bilinear", Image.Resampling.BICUBIC)
     with pytest.raises(LabelError, match=r"the image or the image library has changed; remove the labels with ssld"):
         reader.expect_same_views()
 

@@ -257,7 +257,7 @@ def test_a_file_under_the_name_of_another_shard_is_found(acme):
 
 def test_changed_rendering_is_found_before_the_teacher_is_asked(acme, monkeypatch):
     make_labels(begin())
-    monkeypatch.setattr("ssld.data.transforms._FILTERS", dict.fromkeys(("bilinear",), Image.Resampling.NEAREST))
+    monkeypatch.setattr("ssld.data.operators.FILTERS", dict.fromkeys(("bilinear",), Image.Resampling.NEAREST))
     asked = acme.asked
     with pytest.raises(LabelError, match="as the teacher saw it"):
         verify(only(), Path("run"), ignore)
