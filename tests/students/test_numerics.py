@@ -1,4 +1,4 @@
-"""Evaluation logits against a second derivation of both families: numpy, float64, from weights by name alone."""
+"""Logits of ResNets and MobileNetV3 against a second derivation: numpy, float64, from weights by name alone."""
 
 from __future__ import annotations
 
@@ -30,9 +30,11 @@ def per_channel(values):
     return values[:, None, None]
 
 
-def conv_bn(weights, name, x, stride=1):
-    y = conv(x, weights[f"{name}.conv.weight"], stride)
-    mean, variance, scale, shift = (weights[f"{name}.bn.{key}"] for key in ("_mean", "_variance", "weight", "bias"))
+def conv_bn(weights, name, x, stride=1, names=("conv", "bn")):
+    y = conv(x, weights[f"{name}.{names[0]}.weight"], stride)
+    mean, variance, scale, shift = (
+        weights[f"{name}.{names[1]}.{key}"] for key in ("_mean", "_variance", "weight", "bias")
+    )
     return per_channel(scale / np.sqrt(variance + 1e-5)) * (y - per_channel(mean)) + per_channel(shift)
 
 
@@ -46,9 +48,9 @@ def max_pool(x):
     return windows_of(x, 1, 1, -np.inf).max((-1, -2))
 
 
-def mean_pool(x):
-    """2x2 windows, stride 2; at odd sizes the last hold what is left of the image and no more."""
-    return np.nanmean(windows_of(x, 0, 1, np.nan), (-1, -2))
+def mean_pool(x, border=0):
+    """Windows of 2 pixels and the border before them, stride 2; over the image's edge they hold what is left of it."""
+    return np.nanmean(windows_of(x, border, 1, np.nan), (-1, -2))
 
 
 def relu(x):
@@ -65,16 +67,17 @@ def squeeze_excite(weights, name, x):
     return x * np.clip(0.2 * gate + 0.5, 0, 1)[:, :, None, None]
 
 
-def resnet_vd(weights, x, stem_stride):
-    for index, stride in enumerate((stem_stride, 1, 1)):
-        x = relu(conv_bn(weights, f"stem.{index}", x, stride))
+def resnet(weights, x, stem_stride, pooled):
+    """pooled: whether strided shortcuts average before they project, or skip pixels while they do."""
+    for index in range(sum(key.startswith("stem.") and key.endswith("conv.weight") for key in weights)):
+        x = relu(conv_bn(weights, f"stem.{index}", x, stem_stride if index == 0 else 1))
     x = max_pool(x)
     for index in range(1 + max(int(key.split(".")[1]) for key in weights if key.startswith("blocks"))):
-        x = residual(weights, f"blocks.{index}", x, first=index == 0)
+        x = residual(weights, f"blocks.{index}", x, index == 0, pooled)
     return x.mean((2, 3)) @ weights["fc.weight"] + weights["fc.bias"]
 
 
-def residual(weights, name, x, first):
+def residual(weights, name, x, first, pooled):
     last = 2 if f"{name}.conv2.conv.weight" in weights else 1
     projects = f"{name}.short.conv.weight" in weights
     stride = 2 if projects and not first else 1
@@ -82,8 +85,10 @@ def residual(weights, name, x, first):
     for index in range(last + 1):
         y = conv_bn(weights, f"{name}.conv{index}", y, stride if index == last - 1 else 1)
         y = relu(y) if index < last else y
-    if projects:
+    if projects and pooled:
         x = conv_bn(weights, f"{name}.short", mean_pool(x) if stride == 2 else x)
+    elif projects:
+        x = conv_bn(weights, f"{name}.short", x, stride)
     return relu(x + y)
 
 
@@ -115,7 +120,7 @@ def randomize(layer, seed=0):
         if len(shape) > 1:
             fan_in = shape[0] if len(shape) == 2 else np.prod(shape[1:])
             state[key] = draw.normal(0, (2 / fan_in) ** 0.5, shape)
-        elif key.endswith("_variance") or key.endswith("bn.weight"):
+        elif key.endswith(("_variance", "weight")):
             state[key] = draw.uniform(0.5, 1.5, shape)
         else:
             state[key] = draw.normal(0, 0.5, shape)
@@ -138,12 +143,16 @@ def drawn(*shape):
     return np.random.default_rng(len(shape) + shape[-1]).normal(size=shape).astype("float32")
 
 
-@pytest.mark.parametrize("name", ["ResNet18_vd", "ResNet50_vd"])
-@pytest.mark.parametrize(("size", "stem_stride"), [((65, 33), 2), ((32, 64), 2), ((21, 17), 1)])
-def test_resnet_logits(build, name, size, stem_stride):
-    layer = build(name, 4, stem_stride=stem_stride)
+@pytest.mark.parametrize("version", ["", "_vd"])
+@pytest.mark.parametrize(
+    ("name", "size", "stem_stride"),
+    [("ResNet18", (33, 49), 2), ("ResNet18", (21, 17), 1), ("ResNet50", (33, 49), 2), ("ResNet50", (32, 32), 2)],
+)
+def test_resnet_logits(build, name, version, size, stem_stride):
+    layer = build(name + version, 4, stem_stride=stem_stride)
     weights, images = randomize(layer), drawn(1, 3, *size)
-    assert_equal_logits(evaluated(layer, images), resnet_vd(weights, images.astype("float64"), stem_stride))
+    expected = resnet(weights, images.astype("float64"), stem_stride, pooled=version == "_vd")
+    assert_equal_logits(evaluated(layer, images), expected)
 
 
 @pytest.mark.parametrize("size", ["small", "large"])
