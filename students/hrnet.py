@@ -8,7 +8,7 @@ with variance 2 / (kernel area * channels in), and everything is decayed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 
 import paddle
@@ -67,7 +67,8 @@ def _enlarged(x: paddle.Tensor, factor: int, like: paddle.Tensor) -> paddle.Tens
 
     Where every halving was of an even side nothing is cut; PaddleClas's class takes no other images.
     """
-    x = F.interpolate(x, scale_factor=factor, mode="nearest")
+    # not by interpolate: paddle 3.3.1 cannot run that by oneDNN in an exported program
+    x = x.unsqueeze([3, 5]).expand([-1, -1, -1, factor, -1, factor]).flatten(4, 5).flatten(2, 3)
     height, width = like.shape[2:]
     return x if x.shape[2:] == like.shape[2:] else x[:, :, :height, :width]
 
@@ -78,27 +79,28 @@ class Fusion(nn.Layer):
     def __init__(self, widths: Sequence[int]) -> None:
         super().__init__()
         self.residual_func_list = nn.LayerList()
-        for to, width in enumerate(widths):
-            for scale, width_in in enumerate(widths):
-                if scale > to:
-                    self.residual_func_list.append(conv_norm(width_in, width, 1))
-                elif scale < to:
-                    self.residual_func_list.extend(_halvings(width_in, width, to - scale))
+        self._paths = [[self._add(widths, scale, to) for scale in range(len(widths))] for to in range(len(widths))]
+
+    def _add(self, widths: Sequence[int], scale: int, to: int) -> range:
+        """Make the layers from one resolution to another; returns their places in the list, none from one to itself."""
+        first = len(self.residual_func_list)
+        if scale > to:
+            self.residual_func_list.append(conv_norm(widths[scale], widths[to], 1))
+        elif scale < to:
+            self.residual_func_list.extend(_halvings(widths[scale], widths[to], to - scale))
+        return range(first, len(self.residual_func_list))
 
     def forward(self, maps: Maps) -> Maps:
-        layers = iter(self.residual_func_list)
-        return [self._fused(to, maps, layers) for to in range(len(maps))]
+        return [self._fused(maps, to) for to in range(len(maps))]
 
-    def _fused(self, to: int, maps: Maps, layers: Iterator[nn.Layer]) -> paddle.Tensor:
-        """layers: those that are left, in the order in which they were made."""
+    def _fused(self, maps: Maps, to: int) -> paddle.Tensor:
         total = maps[to]
-        for scale, x in enumerate(maps):
-            if scale > to:
-                total = total + _enlarged(next(layers)(x), 2 ** (scale - to), total)
-            elif scale < to:
-                for _ in range(to - scale):
-                    x = next(layers)(x)
-                total = total + x
+        for scale, path in enumerate(self._paths[to]):
+            if scale != to:
+                x = maps[scale]
+                for place in path:
+                    x = self.residual_func_list[place](x)
+                total = total + (_enlarged(x, 2 ** (scale - to), total) if scale > to else x)
         return F.relu(total)
 
 
@@ -112,7 +114,7 @@ class Module(nn.Layer):
         self.fuse_func = Fusion(widths)
 
     def forward(self, maps: Maps) -> Maps:
-        return self.fuse_func([row(x) for row, x in zip(self.basic_block_list, maps, strict=True)])
+        return self.fuse_func([row(maps[scale]) for scale, row in enumerate(self.basic_block_list)])
 
 
 def _stage(widths: Sequence[int], modules: int) -> nn.Sequential:
@@ -128,7 +130,7 @@ class Widening(nn.Layer):
         self.func_list = nn.LayerList(Bottleneck(width_in, inner) for width_in, inner in pairs)
 
     def forward(self, maps: Maps) -> Maps:
-        return [block(x) for block, x in zip(self.func_list, maps, strict=True)]
+        return [block(maps[scale]) for scale, block in enumerate(self.func_list)]
 
 
 class HRNet(nn.Layer):
@@ -177,8 +179,8 @@ class HRNet(nn.Layer):
         maps = self.st3([*maps, self.conv_tr2(maps[-1])])
         maps = self.last_cls(self.st4([*maps, self.conv_tr3(maps[-1])]))
         x = maps[0]
-        for halve, coarser in zip(self.cls_head_conv_list, maps[1:], strict=True):
-            x = coarser + halve(x)
+        for scale, halve in enumerate(self.cls_head_conv_list):
+            x = maps[scale + 1] + halve(x)
         return self.fc(self.flatten(self.avg_pool(self.conv_last(x))))
 
 

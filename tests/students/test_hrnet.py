@@ -30,7 +30,10 @@ def block(weights, name, x):
 
 
 def exchange(weights, name, maps):
-    """The paper's section 3.3: finer maps come by strided 3x3 convolutions, coarser ones by 1x1 and repeated pixels."""
+    """The paper's section 3.2: finer maps come by strided 3x3 convolutions, coarser ones by 1x1, enlarged.
+
+    As in PaddleClas, a map is enlarged by repeating pixels.
+    """
     names = (f"{name}.residual_func_list.{index}" for index in count())
     outs = []
     for to, total in enumerate(maps):
