@@ -29,6 +29,10 @@ def __getattr__(name: str) -> Any:
     # the engine reads recipes and indexes data; `ssld --help` and plug-ins need none of it
     if name not in __all__:
         raise AttributeError(f"module 'ssld' has no attribute {name!r}; it offers {', '.join(__all__)}")
-    from ssld import engine
+    from ssld.signals import importing
+
+    # half an import cannot be mended, and C code that meets a signal in it says something else
+    with importing():
+        from ssld import engine
 
     return getattr(engine, name)

@@ -15,6 +15,7 @@ import click
 
 import ssld
 from ssld.errors import Interrupted, LabelError, SsldError
+from ssld.signals import importing, interrupting
 from ssld.terminal import ask, give, giving, occupy, show, tell
 
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True}
@@ -92,9 +93,10 @@ class Commands(Command, click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with interrupting():
+                return super().invoke(ctx)
         except KeyboardInterrupt as error:
-            message = "interrupted; nothing that was committed is lost"
+            message = "interrupted; nothing that was saved is lost"
             raise Interrupted(message, 128 + signal.SIGINT) from error
         except (EOFError, BrokenPipeError) as error:
             # click would end without a word, as if it were the user's own streams
@@ -194,7 +196,14 @@ def plan(
 @main.command(short_help="Say how good the teachers are, before anything is spent.")
 @with_recipe
 @DEVICE()
-def check(recipe: str, out: Path | None, device: str, **options: Any) -> None:
+@click.option(
+    "--stall-timeout",
+    type=click.FloatRange(min=0),
+    metavar="SECONDS",
+    default=600.0,
+    help="End where an image or an answer takes longer, 0: never.",
+)
+def check(recipe: str, out: Path | None, device: str, stall_timeout: float, **options: Any) -> None:
     """\b
     Example:
       ssld check mine.yaml
@@ -202,11 +211,13 @@ def check(recipe: str, out: Path | None, device: str, **options: Any) -> None:
     Say how good the teachers of a recipe are on at most 1,000 validation images, in at most a minute for each. A
     poor one is shown the images with other normalizations and sizes too. Writes only the index cache.
     """
+    from ssld.ending import watched
     from ssld.preview.examination import examine_all
     from ssld.train.networks import use_device
 
     use_device(device)
-    report = examine_all(recipe, out, device=device, **options)
+    with watched(stall_timeout):
+        report = examine_all(recipe, out, device=device, **options)
     tell(*report.remarks)
     show(*report.table())
     for found in report.examined:
@@ -230,7 +241,8 @@ def label(recipe: str, out: Path | None, overrides: tuple[str, ...], **options: 
 
     Make the soft labels that a recipe keeps, without training. Any number of processes may work on one store.
     """
-    from ssld.engine import label as make
+    with importing():
+        from ssld.engine import label as make
 
     done = make(recipe, out, overrides=overrides, **options)
     rows = [(item.stage, item.who, item.written, item.missing, item.directory) for item in done]

@@ -10,6 +10,8 @@ from contextlib import contextmanager, suppress
 from ssld.errors import Interrupted, ProcessError, SsldError, StallError, StorageError
 from ssld.journal import Journal
 from ssld.processes import kill
+from ssld.terminal import plain, tell
+from ssld.watch import watch
 
 GOES_ON = (Interrupted, ProcessError, StallError, StorageError)
 """After these the same command goes on where it was."""
@@ -34,9 +36,16 @@ def end(error: StallError, journal: Journal, onward: str) -> None:
     def show() -> None:
         cursor = "\x1b[?25h" if journal.console.is_terminal else ""
         with suppress(OSError):
-            os.write(2, f"{cursor}Error: {error}\n{onward}\n".encode())
+            os.write(2, (cursor + plain(f"Error: {error}\n{onward}\n")).encode())
 
     leave(error, show, lambda: journal.detail(f"Error: {error}"))
+
+
+@contextmanager
+def watched(seconds: float) -> Iterator[None]:
+    """Nothing that a command waits for, which keeps nothing, takes longer in here; 0 for any time."""
+    with watch.on(seconds, lambda error: leave(error, lambda: tell(f"Error: {error}"))):
+        yield
 
 
 def leave(error: StallError, *words: Callable[[], object]) -> None:

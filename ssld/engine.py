@@ -22,7 +22,7 @@ from ssld.overview import Overview
 from ssld.preview.forecast import label_forecasts
 from ssld.recipe import Recipe, differences, dump, read_recipe
 from ssld.rundir import Options, RunDirectory, Status
-from ssld.signals import Stop, importing, interrupting
+from ssld.signals import Stop, interrupting
 from ssld.soft import Labelled, SoftSource
 from ssld.threads import shared_by
 from ssld.watch import watch
@@ -168,8 +168,7 @@ def label(
         try:
             stalled = watch.on(options.stall_timeout, lambda error: end(error, journal, again))
             with stop.listening(), stalled, memory_named(again):
-                with importing():
-                    from ssld.train.networks import use_device
+                from ssld.train.networks import use_device
 
                 stop.check("before anything was labelled")
                 use_device(device)
@@ -268,8 +267,6 @@ class Runner:
     def _expect_shares(self, nodes: Sequence[Node]) -> None:
         """Raise RecipeError for more ranks than the batches feed."""
         count, device = self.options.nproc, self.options.device
-        if count < 1:
-            raise RecipeError(f"nproc: expected at least 1 process, got {count}")
         if count > 1 and device != "cpu":
             raise RecipeError(f"--nproc {count}: expected --device cpu, got {device}; leave one of the two out")
         # batch norms need two images
@@ -301,10 +298,9 @@ class Runner:
         if not old.nodes:
             self._begin()
         with self.stop.listening():
-            with importing():
-                from ssld.crew import Crew
-                from ssld.preflight import preflight
-                from ssld.score import score_last
+            from ssld.crew import Crew
+            from ssld.preflight import preflight
+            from ssld.score import score_last
 
             inputs = Inputs.of(self.directory, self.plan, self.options, journal, lambda: self.stop.number)
             self._try(fresh, lambda: preflight(todo, inputs))

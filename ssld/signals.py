@@ -65,7 +65,7 @@ def interrupting() -> Iterator[None]:
         yield
     except _Came as came:
         name = signal.Signals(came.number).name
-        raise Interrupted(f"stopped by {name}; nothing that was committed is lost", 128 + came.number) from came
+        raise Interrupted(f"stopped by {name}; nothing that was saved is lost", 128 + came.number) from came
     finally:
         for number in taken:
             signal.signal(number, UNTAKEN[number])
@@ -105,15 +105,23 @@ def importing() -> Iterator[None]:
 
     paddle takes SIGTERM, to print a trace of its own and die.
     """
+    came: list[int] = []
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+
     with held():
-        handlers = {number: signal.getsignal(number) for number in ASKED}
+        # a thread that was there before hears a signal all the same
+        heard = [number for number in ASKED if _may_handle() and signal.getsignal(number) not in (signal.SIG_IGN, None)]
+        handlers = {number: signal.signal(number, remember) for number in heard}
         try:
             yield
         finally:
             # before they are let in
             for number, handler in handlers.items():
-                if handler is not None and _may_handle():
-                    signal.signal(number, handler)
+                signal.signal(number, handler)
+            for number in came:
+                signal.raise_signal(number)
 
 
 def _may_handle() -> bool:

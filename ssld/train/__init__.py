@@ -1,13 +1,15 @@
 """The bench: what several stages share. Paddle lives from here on, and is imported quietly.
 
 What paddle 3.3.1 does at import is undone: it puts a handler on the root logger and lowers its level to INFO, so that
-every library's INFO lines reach the terminal, and it warns that ccache is missing, which matters only to those who
-compile operators.
+every library's INFO lines reach the terminal, it takes SIGTERM, to print a trace of its own and die, and it warns that
+ccache is missing, which matters only to those who compile operators.
 """
 
 import logging
 import os
 import warnings
+
+from ssld.signals import importing
 
 
 def _import_paddle() -> None:
@@ -16,7 +18,7 @@ def _import_paddle() -> None:
     os.environ.setdefault("GLOG_minloglevel", "2")
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
-    with warnings.catch_warnings():
+    with importing(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import paddle  # noqa: F401
     root.handlers[:] = handlers

@@ -607,7 +607,6 @@ engine.end(StallError(f"expected {sys.argv[1]} to be read"), Journal(Path()), f"
 """
 
 
-@pytest.mark.xfail(strict=True, reason="the last words of a process that is held are written as they are")
 def test_a_name_that_a_run_waits_for_in_vain_does_not_reach_the_terminal(outside: Path) -> None:
     name = "a\x1b[2J\udc80.png"
     done = subprocess.run([sys.executable, "-c", STALLED, name], capture_output=True, check=False)

@@ -209,15 +209,11 @@ def expect_one_line(shown: str, *, goes_on: bool) -> str:
     return message
 
 
-# the command line takes signals from the engine on alone, and the threads of numpy, which comes with it, hear them
-LATE = pytest.mark.xfail(strict=True, reason="a signal while the engine is imported ends the command without a word")
-
-
 @pytest.mark.parametrize(
     ("number", "where"),
     [
         # paddle has taken it there
-        pytest.param(signal.SIGTERM, "paddle.nn", marks=LATE),
+        (signal.SIGTERM, "paddle.nn"),
         (signal.SIGINT, "paddle.base"),
         pytest.param(signal.SIGHUP, "paddle", marks=pytest.mark.soak),
     ],
@@ -229,10 +225,7 @@ def test_a_signal_while_paddle_loads_ends_the_run_with_one_line(command, number,
     assert expect_one_line(shown, goes_on=True) == f"stopped by {number.name} before anything was spent"
 
 
-@pytest.mark.parametrize(
-    "number",
-    [pytest.param(signal.SIGTERM, marks=LATE), signal.SIGINT, pytest.param(signal.SIGHUP, marks=LATE)],
-)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_while_the_engine_loads_ends_the_command_with_one_line(command, number):
     """What takes half a second before anything is read, and cannot be imported by half either."""
     with command("run", "tiny.yaml", WHERE="numpy.random", NUMBER=str(int(number))) as process:
@@ -279,7 +272,7 @@ def test_a_second_signal_in_a_save_ends_it_at_once(tries, second, code):
     assert attempt.code == code
     assert list(broken.run.glob("distill/.tmp-*")), "the save was cut off"
     if second == signal.SIGINT:
-        assert said(attempt) == "interrupted; nothing that was committed is lost"
+        assert said(attempt) == "interrupted; nothing that was saved is lost"
     broken.finish()
 
 

@@ -390,4 +390,4 @@ def test_a_standard_error_that_takes_nothing_changes_no_exit_code(call, monkeypa
 def test_ctrl_c_outside_of_a_stage_is_said(call, monkeypatch):
     monkeypatch.setattr(ssld, "run", interrupted, raising=False)
     found = call("run", "tiny.yaml")
-    assert (found.exit_code, found.stderr) == (130, "Error: interrupted; nothing that was committed is lost\n")
+    assert (found.exit_code, found.stderr) == (130, "Error: interrupted; nothing that was saved is lost\n")

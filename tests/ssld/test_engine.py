@@ -923,7 +923,7 @@ def test_a_signal_while_it_is_planned_ends_it_with_its_code(stages, monkeypatch,
     monkeypatch.setattr(engine, "make_plan", interrupted)
     ways = {run: begun, **({engine.resume: True} if begun else {}), lambda: engine.label(write(STORED)): True}
     for way, goes_on in ways.items():
-        with pytest.raises(Interrupted, match=f"^stopped by {number.name}; nothing that was committed") as caught:
+        with pytest.raises(Interrupted, match=f"^stopped by {number.name}; nothing that was saved") as caught:
             way()
         assert caught.value.exit_code == code
         assert bool(getattr(caught.value, "__notes__", ())) == goes_on
