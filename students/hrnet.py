@@ -18,8 +18,8 @@ from paddle.nn import functional as F
 from .layers import check_classes, check_stem_stride, conv_norm, uniform_linear  # noqa: TID251
 
 STEM_WIDTH = 64
-MODULES = {"st2": 1, "st3": 4, "st4": 3}
-"""How often each stage exchanges; a stage has one resolution more than the one before it."""
+MODULES = (1, 4, 3)
+"""How often the stages of two, three and four resolutions exchange."""
 BLOCKS = 4
 HEAD_WIDTHS = (32, 64, 128, 256)
 FEATURES = 2048
@@ -140,6 +140,7 @@ class HRNet(nn.Layer):
         twice the channels.
     num_classes: at least 1.
     stem_stride: 2, or 1 for images of 32 px and less, where the first convolution keeps the size; same weights.
+    modules: how often the stages of two, three and four resolutions exchange.
 
     The last feature map is 1/32 of the image's side, or 1/16 with stem_stride 1. Raises RecipeError for other values.
     """
@@ -147,7 +148,9 @@ class HRNet(nn.Layer):
     head = "fc"
     features = "flatten"
 
-    def __init__(self, width: int, num_classes: int, stem_stride: int = 2) -> None:
+    def __init__(
+        self, width: int, num_classes: int, stem_stride: int = 2, modules: tuple[int, int, int] = MODULES
+    ) -> None:
         super().__init__()
         check_classes("HRNet", num_classes)
         check_stem_stride("HRNet", stem_stride)
@@ -158,11 +161,11 @@ class HRNet(nn.Layer):
         self.layer1 = nn.Sequential(*(Bottleneck(first if index else STEM_WIDTH, STEM_WIDTH) for index in range(4)))
         self.conv_tr1_1 = conv_norm(first, widths[0], 3, act=nn.ReLU)
         self.conv_tr1_2 = conv_norm(first, widths[1], 3, 2, act=nn.ReLU)
-        self.st2 = _stage(widths[:2], MODULES["st2"])
+        self.st2 = _stage(widths[:2], modules[0])
         self.conv_tr2 = conv_norm(widths[1], widths[2], 3, 2, act=nn.ReLU)
-        self.st3 = _stage(widths[:3], MODULES["st3"])
+        self.st3 = _stage(widths[:3], modules[1])
         self.conv_tr3 = conv_norm(widths[2], widths[3], 3, 2, act=nn.ReLU)
-        self.st4 = _stage(widths, MODULES["st4"])
+        self.st4 = _stage(widths, modules[2])
         self.last_cls = Widening(widths)
         outs = [inner * Bottleneck.expansion for inner in HEAD_WIDTHS]
         self.cls_head_conv_list = nn.LayerList(

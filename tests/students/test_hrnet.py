@@ -12,6 +12,8 @@ import pytest
 from paddle import nn
 
 from ssld.errors import RecipeError
+from ssld.students.hrnet import HRNet
+from ssld.train.frozen import Frozen
 from ssld.train.momentum import Momentum
 
 NAME = "HRNet_W18_C"
@@ -90,6 +92,14 @@ def test_features_and_logits(build, network, size, stem_stride):
     expected = features(weights, images.astype("float64"), stem_stride)
     EXACT.assert_equal_logits(seen[0], expected)
     EXACT.assert_equal_logits(logits, expected @ weights["fc.weight"] + weights["fc.bias"])
+
+
+def test_exported_a_small_one_answers_as_it_does():
+    """At a side of which maps are cut as well."""
+    layer = HRNet(4, 3, modules=(1, 1, 1))
+    EXACT.randomize(layer)
+    images = EXACT.drawn(3, 3, 40, 40)
+    EXACT.assert_equal_logits(Frozen(layer, 40, threads=1)(images), EXACT.evaluated(layer, images))
 
 
 def test_total_is_the_published_one(network):
