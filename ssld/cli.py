@@ -114,7 +114,8 @@ def part_of(context: click.Context, option: click.Parameter, value: str) -> tupl
 def finish(result: ssld.Overview) -> None:
     """The closing table."""
     if not result.fresh:
-        tell(f"{result.directory} is finished already; nothing was run")
+        whole = all(status.kind == "done" for _, status in result.stages)
+        tell(f"{result.directory}{'' if whole else ', as far as asked for,'} is finished already; nothing was run")
     show(*result.table())
 
 

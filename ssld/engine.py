@@ -77,7 +77,7 @@ def resume(
     Raises RecipeError when there is nothing to resume.
     """
     directory = RunDirectory(existing_run(out))
-    with going_on(onward(directory), directory.exists), interrupting():
+    with going_on(onward(directory), directory.exists), interrupting(), directory.from_its_place():
         recipe, options = directory.recorded()
         options = _with(options, nproc, stall_timeout)
         plan = make_plan(recipe, limit=options.limit)
@@ -114,8 +114,10 @@ def plan(
 def status(out: str | Path | None = None) -> Overview:
     """Where a run stands: the newest under runs/ when `out` is left out."""
     directory = existing_run(out)
-    recipe, options = RunDirectory(directory).recorded()
-    found = overview(directory, make_plan(recipe, limit=options.limit), foresee=False)
+    run = RunDirectory(directory)
+    recipe, options = run.recorded()
+    with run.from_its_place():
+        found = overview(directory, make_plan(recipe, limit=options.limit), foresee=False)
     working = holder(directory)
     where = f"{directory}, in use by {working}" if working else str(directory)
     return replace(found, remarks=(where, *found.remarks), running=working is not None)

@@ -16,7 +16,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from ssld import checkpoint, recipe
 from ssld.contracts import Model, State, Task
 from ssld.data.transforms import Pipeline
 from ssld.environment import environment
-from ssld.errors import CheckpointError, OutputError, StorageError
+from ssld.errors import CheckpointError, DataError, OutputError, StorageError
 from ssld.files import disk, move, readable, reported, sweep, writable, write_atomic
 from ssld.graph import Node
 from ssld.watch import watch
@@ -34,6 +34,8 @@ from ssld.wording import cut
 LABELS = "labels.store"
 OWN = ("recipe.yaml", "run.json", "run.lock", "train.log", "metrics.jsonl", LABELS)
 """The files of a run that are there before its first stage."""
+STARTED_IN = "started_in"
+"""Beside the options in run.json."""
 STATE = {"fingerprint": str, "basis": dict, "finished": bool, "metrics": dict, "facts": dict, "model": dict}
 """What a stage says of itself in a checkpoint, beside what is for people."""
 
@@ -129,8 +131,9 @@ class RunDirectory:
         sweep(self.path, depth=2, skip=(LABELS,))
 
     def begin(self, text: str, options: Options) -> None:
-        """Record the recipe and the options."""
-        write_atomic(self.path / "run.json", (json.dumps(asdict(options), indent=1) + "\n").encode())
+        """Record the recipe and the options, and where this process is, from where the paths of the recipe count."""
+        facts = {**asdict(options), STARTED_IN: str(Path.cwd())}
+        write_atomic(self.path / "run.json", (json.dumps(facts, indent=1) + "\n").encode())
         write_atomic(self.path / "recipe.yaml", text.encode())
 
     def forget(self) -> None:
@@ -148,12 +151,34 @@ class RunDirectory:
         """Those with which the run began; the defaults where there is none."""
         return self._options() if self.exists() else Options()
 
+    @contextmanager
+    def from_its_place(self) -> Iterator[None]:
+        """Add to an error about data, in another directory than the run was started in, which one that was."""
+        try:
+            yield
+        except DataError as error:
+            with suppress(DataError, ValueError):
+                place = self._facts().get(STARTED_IN)
+                if place not in (None, str(Path.cwd())):
+                    error.add_note(
+                        f"the run was started in {place}, from where the paths of its recipe count; go there"
+                    )
+            raise
+
+    def _facts(self) -> dict[str, Any]:
+        path = self.path / "run.json"
+        with readable(path):
+            facts = json.loads(path.read_bytes())
+        if not isinstance(facts, dict):
+            raise ValueError(f"expected a mapping, got {cut(facts)}")
+        return facts
+
     def _options(self) -> Options:
         path = self.path / "run.json"
         try:
-            with readable(path), suppress(FileNotFoundError):
-                return Options(**json.loads(path.read_bytes()))
-            raise ValueError("no such file")
+            if not path.exists():
+                raise ValueError("no such file")
+            return Options(**{name: value for name, value in self._facts().items() if name != STARTED_IN})
         except (ValueError, TypeError, RecursionError) as error:
             raise CheckpointError(
                 f"{path}: expected the options of the run, got: {error}; restore it, or write {{}} into it for the "

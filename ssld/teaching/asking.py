@@ -194,5 +194,6 @@ def expect_better_than_chance(quality: Quality, who: str) -> None:
     if quality.low <= quality.chance:
         raise TeacherError(
             f"{who}: expected better than chance, got {quality}; check its weights, class order, mean and std, or the "
-            f"epochs and learning rate of its stage, or go on with ssld run --trust-teacher"
+            f"epochs and learning rate of its stage, or accept it by ssld run with the same recipe and --out, and "
+            f"--trust-teacher"
         )

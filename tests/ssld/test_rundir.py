@@ -15,7 +15,7 @@ import pytest
 from ssld import checkpoint, files
 from ssld.contracts import Model, State
 from ssld.data.transforms import Pipeline
-from ssld.errors import CheckpointError, OutputError, StorageError, UnreadableError
+from ssld.errors import CheckpointError, DataError, OutputError, RecipeError, StorageError, UnreadableError
 from ssld.graph import make_plan
 from ssld.recipe import dump, read_recipe
 from ssld.rundir import Options, RunDirectory, result_of, state_of
@@ -115,6 +115,25 @@ def test_options_that_are_none_are_named_with_a_remedy_that_works(run, content, 
         run.recorded()
     (run.path / "run.json").write_text("{}")
     assert run.options() == run.recorded()[1] == Options()
+
+
+def test_an_error_about_data_elsewhere_says_where_the_run_was_started(run, tmp_path, monkeypatch):
+    def notes(error):
+        with pytest.raises(type(error)) as caught, run.from_its_place():
+            raise error
+        return getattr(caught.value, "__notes__", [])
+
+    began = Path.cwd()
+    assert notes(DataError("data/pool: expected a folder, got nothing")) == []
+    monkeypatch.chdir(tmp_path)
+    assert notes(RecipeError("x")) == []
+    assert notes(DataError("x")) == [
+        f"the run was started in {began}, from where the paths of its recipe count; go there"
+    ]
+    (run.path / "run.json").write_text("{}")
+    assert notes(DataError("x")) == []
+    (run.path / "run.json").write_text("{")
+    assert notes(DataError("x")) == []
 
 
 def test_a_stage_is_new_then_stopped_then_finished(run, node, status):
