@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ssld import plugins
+from ssld import needs, plugins
 from ssld.checkpoint import FORMAT
 from ssld.contracts import Model, StageKind
 from ssld.data.transforms import Pipeline
@@ -127,8 +127,10 @@ def resolve(recipe: Recipe, name: str, number: int, data: Datasets, earlier: Map
         parent=parent.settings if parent else None,
     )
     settings = with_network(recipe, name, settings.resolved(context), parent)
+    plugged = origins(recipe, name, settings)
     try:
         settings.check(context)
+        needs.check(settings, context.classes)
     except ValueError as error:
         raise RecipeError(f"{recipe.place(('stages', name))}: {error}") from error
     pipelines = {part: pipeline(recipe, part, settings.resolution) for part in ("train", "eval")}
@@ -143,7 +145,7 @@ def resolve(recipe: Recipe, name: str, number: int, data: Datasets, earlier: Map
         "data": {source: data.sources[source].identity for source in settings.data},
         "validation": data.validation.identity,
         "inputs": {stage: earlier[stage].fingerprint for stage in settings.inputs},
-        "plug-ins": origins(recipe, name, settings),
+        "plug-ins": plugged,
         "files": {
             key: file_identity(path, recipe.place(("stages", name, key.partition(" ")[0])))
             for key, path in weight_files(settings).items()
@@ -176,9 +178,9 @@ def owner(kind: str, name: str) -> str:
 
 def origins(recipe: Recipe, name: str, settings: TrainingSettings) -> dict[str, str]:
     """Distribution and version of every plug-in that the stage names. Raises RecipeError for one that is not there."""
-    loss = getattr(settings, "loss", None)
     wanted = {"student": ("students", settings.student.name)}
-    wanted |= {"loss": ("losses", loss.name)} if loss is not None else {}
+    for number, loss in enumerate(settings.losses):
+        wanted |= {f"loss {number}" if number else "loss": ("losses", loss.name)}
     for number, teacher in enumerate(settings.taught_by):
         wanted |= {f"teacher {number}": ("teachers", teacher.plugin)} if teacher.plugin else {}
         wanted |= {f"teacher {number}": ("students", teacher.network)} if teacher.network else {}

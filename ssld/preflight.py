@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from ssld import needs
 from ssld.errors import RecipeError
 from ssld.files import writable
 from ssld.graph import Node, place_of
@@ -29,10 +30,10 @@ def preflight(nodes: Sequence[Node], inputs: Inputs) -> None:
             weights = inputs.initial(node)
             assert weights is not None, "the stage names a file"
             networks.load(network, weights, networks.start_of(node.name, settings))
-        if loss := getattr(settings, "loss", None):
-            kept = settings.stored
+        if settings.losses:
             with placed(plan.recipe, node, "loss"):
-                losses.named(loss, kept.temperature if kept and kept.top_k < len(plan.data.classes) else None)
+                losses.weighted(settings.losses)
+                needs.check_rows(settings, inputs.members.options.nproc)
         if settings.taught_by:
             writable(run.labels(node))
         # a stage that is still to run cannot be asked yet

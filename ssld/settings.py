@@ -14,6 +14,7 @@ from pydantic import (
     GetCoreSchemaHandler,
     Tag,
     WithJsonSchema,
+    WrapSerializer,
     model_validator,
 )
 from pydantic_core import CoreSchema
@@ -76,12 +77,30 @@ class Named(Frozen):
         return dict(self.model_extra or {})
 
 
-Plugin = Annotated[
-    Named,
-    BeforeValidator(
-        lambda value: {"name": value} if isinstance(value, str) else value, json_schema_input_type=str | Named
-    ),
+def _named(value: Any) -> Any:
+    """`NAME` is `{name: NAME}`."""
+    return {"name": value} if isinstance(value, str) else value
+
+
+Plugin = Annotated[Named, BeforeValidator(_named, json_schema_input_type=str | Named)]
+
+
+class Term(Named):
+    """A loss, and its weight in a sum: `NAME`, or `{name: NAME, weight: 2, …its own keys}`."""
+
+    weight: Annotated[float, Field(gt=0, exclude_if=lambda weight: weight == 1)] = 1.0
+    """What it is multiplied by; the weights may have any sum, which the learning rate then feels."""
+
+
+_Term = Annotated[Term, BeforeValidator(_named, json_schema_input_type=str | Term)]
+Losses = Annotated[
+    Annotated[_Term, Tag("(keys)")] | Annotated[tuple[_Term, ...], Field(min_length=1), Tag("(list)")],
+    Discriminator(lambda value: "(list)" if isinstance(value, list | tuple) else "(keys)"),
+    AfterValidator(lambda value: (value,) if isinstance(value, Term) else value),
+    # as it is written: one loss is no list
+    WrapSerializer(lambda terms, dump: dump(terms if len(terms) > 1 else terms[0])),
 ]
+"""One loss, or the weighted sum of several."""
 
 
 class TeacherSetting(Frozen):
@@ -214,6 +233,10 @@ class StageSettings(Frozen):
     """Whether the labels of `data` are read."""
 
 
+Smoothing = Annotated[float, Field(ge=0, lt=1, exclude_if=lambda share: share == 0)]
+"""Share of each true label that is spread evenly over all classes. At 0 it is no part of what a result is made of."""
+
+
 class TrainingSettings(StageSettings):
     """The keys of every stage that trains a network."""
 
@@ -251,6 +274,11 @@ class TrainingSettings(StageSettings):
     def taught_by(self) -> tuple[TeacherSetting, ...]:
         """The teachers, in the kinds that have some."""
         return getattr(self, "teacher", None) or ()
+
+    @property
+    def losses(self) -> tuple[Term, ...]:
+        """The distances to the teacher that are added up, in the kinds that have some."""
+        return getattr(self, "loss", None) or ()
 
     @property
     def stored(self) -> Stored | None:
@@ -298,22 +326,10 @@ class TrainingSettings(StageSettings):
 class TaughtSettings(TrainingSettings):
     """The keys of every stage that can learn from a teacher; a kind adds `teacher` itself, required or not."""
 
-    loss: Plugin = Named(name="js")
-    """Distance of the student's classes to the teacher's: js, true_js, kl, ce, or {name: kl, temperature: 4}."""
+    loss: Losses = (Term(name="js"),)
+    """Distance of the student's classes to the teacher's: js, {name: kl, temperature: 4}, or a list to sum."""
     labels: Labels = "online"
     """`online` asks the teacher in every step; {views: 8, top_k: 10} asks it once and keeps its soft labels."""
-
-    def check(self, context: Context) -> None:
-        super().check(context)
-        if self.stored is None or "temperature" not in self.loss.options:
-            return
-        wanted = self.loss.options["temperature"]
-        if self.stored.top_k < context.classes and wanted != self.stored.temperature:
-            raise ValueError(
-                f"expected soft labels of the loss's temperature, {wanted}, got labels.temperature: "
-                f"{self.stored.temperature:g} and {self.stored.top_k} of {context.classes} classes; make them equal, "
-                f"keep all classes by top_k: {context.classes}, or write labels: online"
-            )
 
     def resolved(self, context: Context) -> Self:
         made = super().resolved(context)

@@ -17,6 +17,7 @@ from ssld.labels.labelling import Work, label, part
 from ssld.labels.reader import Reader, StoredLabels
 from ssld.labels.store import Store
 from ssld.members import Members
+from ssld.needs import temperature
 from ssld.teaching.asking import Member, OnlineLabels, Quality, expect_better_than_chance, quality, together
 from ssld.threads import shared_by
 
@@ -65,9 +66,7 @@ class SoftSource:
         settings, classes = node.settings, len(self.members.plan.data.classes)
         samples, budget = self._data(node)
         if settings.stored is None:
-            loss = getattr(settings, "loss", None)
-            temperature = loss.options.get("temperature", 1.0) if loss else 1.0
-            return OnlineLabels(self.members.of(node), samples, classes, temperature)
+            return OnlineLabels(self.members.of(node), samples, classes, temperature(settings))
         return self._complete(self.members.stores(node), samples, budget)
 
     def label(self, node: Node, number: int, of: int) -> list[Labelled]:

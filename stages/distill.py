@@ -25,9 +25,8 @@ def run(task: Task[Distill]) -> Outcome:
     """Minimize the distance to the teacher's soft labels."""
     from ssld.train import loop, losses, networks
 
-    loss = losses.named(task.settings.loss)
-    network = networks.student(task)
-    return loop.fit(task, network, lambda logits, target: loss(logits, target.soft))
+    objective = losses.objective(task.settings.losses)
+    return loop.fit(task, networks.student(task), objective)
 
 
 stage = StageKind(Distill, run)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from ssld.contracts import Outcome, StageKind, Task
-from ssld.settings import Context, TaughtSettings, Teachers, Words
+from ssld.settings import Context, Smoothing, TaughtSettings, Teachers, Words
 
 if TYPE_CHECKING:
     from ssld.train.feed import Target, Tensor
@@ -25,6 +25,8 @@ class Finetune(TaughtSettings):
     teacher: Teachers | None = None
     hard: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Share of the cross-entropy with the true labels; the rest is the teacher's. 1 needs no teacher."""
+    smoothing: Smoothing = 0.0
+    """Share of each true label that is spread evenly over all classes."""
 
     base_rate: ClassVar[float] = 0.001
 
@@ -35,6 +37,11 @@ class Finetune(TaughtSettings):
         if self.teacher is not None and self.hard == 1:
             raise ValueError(
                 "expected no teacher beside hard: 1, which learns from labels alone; lower hard, or drop it"
+            )
+        if self.smoothing and not self.hard:
+            raise ValueError(
+                "expected hard above 0 beside smoothing, which is of true labels, got hard: 0; raise it, or drop "
+                "smoothing"
             )
         return self
 
@@ -49,13 +56,13 @@ def run(task: Task[Finetune]) -> Outcome:
     """Minimize (1 - hard) * distance to the teacher + hard * cross-entropy with the labels."""
     from ssld.train import loop, losses, networks
 
-    hard = task.settings.hard
-    loss = losses.named(task.settings.loss)
+    hard, smoothing = task.settings.hard, task.settings.smoothing
+    distance = losses.objective(task.settings.losses)
     network = networks.student(task)
 
     def objective(logits: Tensor, target: Target) -> Tensor:
-        terms = [(1 - hard) * loss(logits, target.soft)] if hard < 1 else []
-        terms += [hard * losses.hard_ce(logits, target.labels)] if hard > 0 else []
+        terms = [(1 - hard) * distance(logits, target)] if hard < 1 else []
+        terms += [hard * losses.hard_ce(logits, target.labels, smoothing)] if hard > 0 else []
         return sum(terms[1:], terms[0])
 
     return loop.fit(task, network, objective)

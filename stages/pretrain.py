@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from ssld.contracts import Outcome, StageKind, Task
-from ssld.settings import Plugin, TrainingSettings
+from ssld.settings import Plugin, Smoothing, TrainingSettings
 
 
 class Pretrain(TrainingSettings):
@@ -17,6 +17,8 @@ class Pretrain(TrainingSettings):
     student: Annotated[Plugin, Field(alias="network")]
     """The network to train: NAME, or {name: NAME, …options}."""
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    smoothing: Smoothing = 0.0
+    """Share of each label that is spread evenly over all classes."""
 
     base_rate: ClassVar[float] = 0.1
 
@@ -25,8 +27,8 @@ def run(task: Task[Pretrain]) -> Outcome:
     """Minimize the cross-entropy with the labels."""
     from ssld.train import loop, losses, networks
 
-    network = networks.student(task)
-    return loop.fit(task, network, lambda logits, target: losses.hard_ce(logits, target.labels))
+    smoothing, network = task.settings.smoothing, networks.student(task)
+    return loop.fit(task, network, lambda logits, target: losses.hard_ce(logits, target.labels, smoothing))
 
 
 stage = StageKind(Pretrain, run)

@@ -1,7 +1,4 @@
-"""Distances of the student's classes to the teacher's, and the cross-entropy with true labels.
-
-Every distance takes the logits of both, float [batch, classes], of any finite size, and returns one value in nats per
-sample, float [batch]. Only the student receives a gradient. Each raises DataError when the two shapes differ.
+"""What a step minimizes: the weighted sum of the distances that a recipe names, and the cross-entropy with true labels.
 
 Soft labels that hold only K classes of each sample are a coarser classification, of these K and one bucket with all
 others: `bucketed` brings the student's logits to it, so that every distance takes them like any other classes.
@@ -11,9 +8,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import paddle
@@ -24,56 +20,28 @@ from paddle.autograd import PyLayer
 from ssld import plugins
 from ssld.contracts import Soft
 from ssld.errors import DataError, PluginError, RecipeError
-from ssld.settings import Named
+from ssld.needs import Needs, needs_of
+from ssld.settings import Named, Term
+from ssld.train.feed import Target
 
-Loss = Callable[[Tensor, Soft], Tensor]
-
-
-def js(student: Tensor, teacher: Tensor) -> Tensor:
-    """(KL(teacher || student) + KL(student || teacher)) / 2, at least 0 and without an upper bound.
-
-    The loss of SSLD. PaddleClas calls it "JS" (ppcls/loss/dmlloss.py), but it is half of Jeffreys' symmetric
-    divergence; the Jensen-Shannon divergence is `true_js`. PaddleClas adds 1e-12 to every probability before the
-    logarithm, which caps a term at 27.6 nats; here the log-softmax needs no such constant.
-    """
-    log_s, log_t = _log_probabilities(student, teacher)
-    return ((log_t.exp() - log_s.exp()) * (log_t - log_s)).sum(axis=1) / 2
+TRIED = ((3, False), (2, True))
+"""Columns of the logits on which a loss is tried: all classes, then one class and the bucket of the others."""
 
 
-def true_js(student: Tensor, teacher: Tensor) -> Tensor:
-    """Jensen-Shannon divergence, within [0, log 2].
+class Loss(Protocol):
+    """What a loss becomes when its options are bound."""
 
-    Source: Lin 1991, "Divergence measures based on the Shannon entropy", with equal weights.
-    """
-    log_s, log_t = _log_probabilities(student, teacher)
-    log_m = paddle.logaddexp(log_s, log_t) - math.log(2)
-    terms = log_s.exp() * (log_s - log_m) + log_t.exp() * (log_t - log_m)
-    return terms.sum(axis=1) / 2
+    def __call__(self, student: Tensor, soft: Soft, labels: Tensor | None = None) -> Tensor:
+        """One value per sample, float [B]. student: logits, float [B, C]; labels: int64 [B], where it needs them."""
+        ...
 
 
-def kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
-    """KL(teacher || student) of both at the temperature, times its square, so that gradients keep their size.
-
-    Source: Hinton, Vinyals, Dean 2015, "Distilling the knowledge in a neural network", section 2. Raises RecipeError
-    unless the temperature is a positive number.
-    """
-    if not 0 < temperature < math.inf:
-        raise RecipeError(f"loss kl: expected a temperature above 0, got {temperature}; leave it out for 1")
-    log_s, log_t = _log_probabilities(student / temperature, teacher / temperature)
-    return (log_t.exp() * (log_t - log_s)).sum(axis=1) * temperature**2
-
-
-def ce(student: Tensor, teacher: Tensor) -> Tensor:
-    """Cross-entropy with the teacher's probabilities: KL(teacher || student) plus the teacher's entropy."""
-    log_s, log_t = _log_probabilities(student, teacher)
-    return -(log_t.exp() * log_s).sum(axis=1)
-
-
-def hard_ce(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy with the true classes.
+def hard_ce(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
+    """Cross-entropy with the true classes, of which the share `smoothing` is spread evenly over all classes.
 
     logits: float [batch, classes]; labels: int64 [batch], each in [0, classes). Returns nats, float [batch]. Raises
-    DataError for any other label, also for -100, for which paddle returns a loss of 0.
+    DataError for any other label, also for -100, for which paddle returns a loss of 0. Source of the smoothing:
+    Szegedy et al. 2016, "Rethinking the Inception architecture for computer vision", section 7.
     """
     samples, classes = logits.shape
     if list(labels.shape) != [samples]:
@@ -85,7 +53,12 @@ def hard_ce(logits: Tensor, labels: Tensor) -> Tensor:
             f"expected labels from 0 to {classes - 1}, got {', '.join(map(str, wrong[:5]))} in a batch of {samples}; "
             f"the network's classes must be those of the data"
         )
-    return F.cross_entropy(logits, labels, reduction="none")
+    loss = F.cross_entropy(logits, labels, reduction="none")
+    if not smoothing:
+        return loss
+    # that of another class differs by the logits alone
+    own = paddle.take_along_axis(logits, labels.unsqueeze(1), axis=1).squeeze(1)
+    return loss + smoothing * (own - logits.mean(axis=1))
 
 
 def bucketed(student: Tensor, soft: Soft) -> Tensor:
@@ -141,49 +114,70 @@ def _exponentials(differences: Tensor, temperature: float) -> Tensor:
     return differences.scale_(1 / temperature).exp_()  # type: ignore[no-untyped-call]
 
 
-def named(setting: Named, temperature: float | None = None) -> Loss:
-    """The loss that a recipe names, a plug-in of the group ssld.losses, with its options bound; it is tried once.
+def objective(terms: Sequence[Term]) -> Callable[[Tensor, Target], Tensor]:
+    """What a stage minimizes where its teacher alone teaches: from logits and a target to one value for each image."""
+    loss = weighted(terms)
+    labels = any(needs_of(term).labels for term in terms)
+    return lambda logits, target: loss(logits, target.soft, target.labels if labels else None)
 
-    It takes the student's logits, float [B, C], and their soft labels, of all classes or of K. temperature: at which
-    those of K classes will have been made, where there will be some. Raises RecipeError for an unknown name or a wrong
-    option, PluginError unless it returns one value per sample. Labels of K classes that were made at another
-    temperature than the loss's own are a RecipeError, here and when it is called.
+
+def named(setting: Named) -> Loss:
+    """The loss that a recipe names, whatever its weight; otherwise as `weighted`."""
+    return weighted([Term(name=setting.name, **setting.options)])
+
+
+def weighted(terms: Sequence[Term]) -> Loss:
+    """The sum of the losses that a recipe names, plug-ins of the group ssld.losses, each tried once.
+
+    It takes the student's logits, float [B, C], and their soft labels, of all classes or of K. Raises RecipeError for
+    an unknown name or a wrong option, PluginError for one that does not return one value per sample. What the plan
+    refuses of labels of K classes (ssld.needs.check) is a RecipeError when the loss is called.
     """
-    distance = partial(plugins.load("losses", setting.name), **setting.options)
-    # all classes, then one class and the bucket of the others
-    for classes in (3, 2):
-        _try(setting, paddle.zeros([2, classes]))
-    own = _temperature(distance)
+    bound = [(term, _bound(term), needs_of(term)) for term in terms]
 
-    def loss(student: Tensor, soft: Soft) -> Tensor:
-        if soft.ids is not None and soft.temperature != own:
-            classes = student.shape[1]
-            raise RecipeError(
-                f"loss {setting.name}: expected soft labels made at its temperature, {own}, got "
-                f"{soft.temperature}, and {soft.ids.shape[1]} of {classes} classes; make the two temperatures equal, "
-                f"keep all classes by top_k: {classes}, or write labels: online"
-            )
-        return distance(bucketed(student, soft), paddle.to_tensor(soft.logits, dtype=student.dtype))
+    def loss(student: Tensor, soft: Soft, labels: Tensor | None = None) -> Tensor:
+        for term, _, needs in bound:
+            _check_kept(term, needs, soft, student.shape[1])
+        given = {"teacher": paddle.to_tensor(soft.logits, dtype=student.dtype), "bucket": soft.ids is not None}
+        given |= {"student": bucketed(student, soft), "labels": labels}
+        parts = [term.weight * distance(given) for term, distance, _ in bound]
+        return sum(parts[1:], parts[0])
 
-    if temperature is not None:
-        loss(paddle.zeros([2, 3]), Soft(np.zeros((2, 1), np.int64), np.zeros((2, 2), np.float32), temperature))
     return loss
 
 
-def _try(setting: Named, logits: Tensor) -> None:
-    values = plugins.call("losses", setting.name, setting.options, {"student": logits, "teacher": logits})
+def _bound(term: Term) -> Callable[[dict[str, Any]], Tensor]:
+    """A loss with its options, which takes of the values that it is given those for which it has a parameter."""
+    for columns, bucket in TRIED:
+        _try(term, paddle.zeros([2, columns]), bucket)
+    distance = plugins.load("losses", term.name)
+    taken = inspect.signature(distance).parameters.keys()
+    return lambda given: distance(**{key: value for key, value in given.items() if key in taken}, **term.options)
+
+
+def _try(term: Term, logits: Tensor, bucket: bool) -> None:
     samples = logits.shape[0]
+    given = {"student": logits, "teacher": logits, "labels": paddle.zeros([samples], "int64"), "bucket": bucket}
+    values = plugins.call("losses", term.name, term.options, given)
     if not isinstance(values, Tensor) or list(values.shape) != [samples]:
         raise PluginError(
-            f"loss {setting.name!r} of {plugins.origin('losses', setting.name)}: expected one value per sample, a "
+            f"loss {term.name!r} of {plugins.origin('losses', term.name)}: expected one value per sample, a "
             f"tensor of shape [{samples}] for logits {list(logits.shape)}, got {values}"
         )
 
 
-def _temperature(distance: partial[Tensor]) -> Any:
-    """What the loss divides logits by: its option of that name, or that option's default; 1 where it has none."""
-    option = inspect.signature(distance).parameters.get("temperature")
-    return distance.keywords.get("temperature", 1.0 if option is None else option.default)
+def _check_kept(term: Term, needs: Needs, soft: Soft, classes: int) -> None:
+    if soft.ids is None:
+        return
+    kept = f"{soft.ids.shape[1]} of {classes} classes"
+    ways_on = f"keep all classes by top_k: {classes}, or write labels: online"
+    if needs.dense:
+        raise RecipeError(f"loss {term.name}: expected soft labels of all classes, got {kept}; {ways_on}")
+    if soft.temperature != needs.temperature:
+        raise RecipeError(
+            f"loss {term.name}: expected soft labels made at its temperature, {needs.temperature}, got "
+            f"{soft.temperature}, and {kept}; make the two temperatures equal, {ways_on}"
+        )
 
 
 def _check_ids(ids: np.ndarray, samples: int, classes: int) -> None:
@@ -201,18 +195,3 @@ def _check_ids(ids: np.ndarray, samples: int, classes: int) -> None:
             f"classes of shape {list(ids.shape)} from {ids.min(initial=0)} to {ids.max(initial=0)}; data, labels and "
             f"network must have the same classes"
         )
-
-
-def _log_probabilities(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    if student.shape != teacher.shape:
-        raise DataError(
-            f"expected logits of one shape, [batch, classes], got {list(student.shape)} from the student and "
-            f"{list(teacher.shape)} from the teacher; both must know the same classes"
-        )
-    return _log_softmax(student), _log_softmax(teacher.detach())
-
-
-def _log_softmax(logits: Tensor) -> Tensor:
-    # paddle 3.3.1 takes time that grows with the square of the classes on a CPU: 13 s for [256, 21841], this 0.05 s
-    below = logits - logits.detach().max(axis=1, keepdim=True)
-    return below - below.exp().sum(axis=1, keepdim=True).log()

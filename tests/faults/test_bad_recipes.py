@@ -66,7 +66,7 @@ stages:
       - {network: {name: ResNet18_vd, stem_stride: 1}, weights: net.safetensors, class_map: map.txt}
       - {onnx: net.onnx, size: 32}
       - {plugin: onnx, file: net.onnx}
-    loss: {name: kl, temperature: 2.0}
+    loss: {name: kl, weight: 0.5, temperature: 2.0}
     labels: {views: 4, top_k: 2, temperature: 2.0, seed: 5, store: kept}
     epochs: 4
     batch_size: 8
@@ -81,7 +81,7 @@ stages:
     save_steps: 3
     keep_last: 3
   finetune: {kind: finetune, from: distill, teacher: {stage: teach}, data: labeled, epochs: 2, hard: 0.5}
-  alone: {kind: finetune, from: distill, data: labeled, epochs: 2, hard: 1.0, labels: online}
+  alone: {kind: finetune, from: distill, data: labeled, epochs: 2, hard: 1.0, smoothing: 0.1, labels: online}
   fixres: {kind: fixres, from: finetune, data: labeled, epochs: 1, resolution: 48, adapt_bn: true}
   more: {kind: pretrain, network: ResNet18_vd, from: net.safetensors, data: labeled, epochs: 1}
 """
@@ -311,6 +311,7 @@ KEYS: dict[tuple[str | int, ...], Key] = {
     ("stages", "*", "save_steps"): whole(1),
     ("stages", "*", "keep_last"): whole(1),
     ("stages", "*", "hard"): number(-0.1, 1.1),
+    ("stages", "*", "smoothing"): number(-0.1, 1),
     ("stages", "*", "adapt_bn"): FLAG,
     ("stages", "*", "from"): WORD,
     ("stages", "*", "labels"): Key((3, True, ["online"], NAN), ("offline", "")),
@@ -322,6 +323,7 @@ KEYS: dict[tuple[str | int, ...], Key] = {
     ("stages", "*", "student", "name"): WORD,
     ("stages", "*", "network", "name"): WORD,
     ("stages", "*", "loss", "name"): WORD,
+    ("stages", "*", "loss", "weight"): number(0),
     ("stages", "*", "teacher", "*", "weight"): number(0),
     ("stages", "*", "teacher", "*", "precision"): Key((16, True, ["float32"], NAN), ("float16", "")),
     ("stages", "*", "teacher", "*", "class_map"): WORD,

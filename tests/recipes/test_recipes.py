@@ -116,7 +116,7 @@ def test_a_published_stage_has_the_published_numbers(name: str, stage: str) -> N
     assert student.name == network
     assert (settings.epochs, settings.batch_size, settings.learning_rate) == (epochs, batch_size, learning_rate)
     assert (settings.weight_decay, settings.momentum, settings.warmup_epochs) == (l2, 0.9, 5)
-    assert settings.loss.name == "js"
+    assert [term.name for term in settings.loss] == ["js"]
     [teacher] = settings.taught_by
     assert teacher.network == TEACHERS[name][0]
     assert f"{top1} after {stage}" in path.read_text("utf-8")

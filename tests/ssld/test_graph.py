@@ -315,7 +315,7 @@ def test_where_labels_are_kept_does_not_matter_nor_classes_that_are_not_there(pl
 
 def test_labels_of_another_temperature_are_refused_at_their_stage(plan):
     message = (
-        r"recipe\.yaml:\d+:\d+: stages\.distill: expected soft labels of the loss's temperature, 2\.0, got "
+        r"recipe\.yaml:\d+:\d+: stages\.distill: loss kl: expected soft labels of its temperature, 2, got "
         r"labels\.temperature: 1 and 3 of 4 classes; .* top_k: 4, or write labels: online"
     )
     with pytest.raises(RecipeError, match=message):

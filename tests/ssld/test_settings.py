@@ -184,34 +184,6 @@ def test_no_more_classes_are_kept_than_there_are(classes, kept):
     assert taught(labels={"views": 8}).resolved(context(classes)).stored == Stored(views=8, top_k=kept)
 
 
-@pytest.mark.parametrize(
-    ("loss", "labels", "fits"),
-    [
-        ({"name": "kl", "temperature": 4}, {"views": 8, "temperature": 4}, True),
-        ({"name": "kl", "temperature": 4}, {"views": 8}, False),
-        ({"name": "kl", "temperature": 4}, {"views": 8, "top_k": 99}, False),
-        ({"name": "kl", "temperature": 4}, {"views": 8, "top_k": 100}, True),
-        ({"name": "kl", "temperature": 4}, {"views": 8, "top_k": 1000}, True),
-        ({"name": "kl", "temperature": 4}, "online", True),
-        # js has no temperature to be read here; when it is loaded, it refuses by itself
-        ("js", {"views": 8, "temperature": 2}, True),
-        ("js", {"views": 8}, True),
-    ],
-)
-def test_a_loss_of_another_temperature_needs_all_classes(loss, labels, fits):
-    resolved = taught(loss=loss, labels=labels).resolved(context())
-    if fits:
-        resolved.check(context())
-        return
-    stored = resolved.stored
-    with pytest.raises(ValueError, match="expected soft labels of the loss's temperature") as caught:
-        resolved.check(context())
-    text = str(caught.value)
-    assert f"got labels.temperature: {stored.temperature:g} and {stored.top_k} of 100 classes" in text
-    assert "top_k: 100" in text
-    assert "labels: online" in text
-
-
 def test_what_holds_for_every_stage_is_checked_beside_labels():
     with pytest.raises(ValueError, match="expected a warm-up within the 30 epochs"):
         taught(warmup_epochs=31, labels={"views": 8}).resolved(context()).check(context())

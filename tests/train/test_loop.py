@@ -15,9 +15,10 @@ from PIL import Image
 
 from ssld.contracts import Reference, Soft, TeacherSpec
 from ssld.data.transforms import normalize, view
+from ssld.distances import js
 from ssld.errors import DataError, Interrupted
 from ssld.train import evaluation, loop, networks
-from ssld.train.losses import hard_ce, js
+from ssld.train.losses import hard_ce
 
 CLASSES = 4
 
