@@ -61,7 +61,7 @@ def quotient(value: object) -> object:
         raise ValueError(f'expected a number or a quotient such as "1.0/255.0", got {cut(value)}') from error
 
 
-def _ascending(value: tuple[float, float]) -> tuple[float, float]:
+def ascending(value: tuple[float, float]) -> tuple[float, float]:
     if value[0] > value[1]:
         raise ValueError(f"expected the smaller number first, got {value[0]}, {value[1]}")
     return value
@@ -71,7 +71,14 @@ Side = Annotated[int, Field(ge=1, le=LARGEST_SIDE, strict=True)]
 Size = Annotated[tuple[int, int], BeforeValidator(_pair)]
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
+Chance = Annotated[float, Field(ge=0, le=1)]
 Interpolation = Literal["nearest", "bilinear", "bicubic", "area", "lanczos"]
+_Grey = Annotated[int, Field(ge=0, le=255)]
+Colour = tuple[_Grey, _Grey, _Grey]
+"""(R, G, B)."""
+
+UNIT = 1 << 16
+"""A share of something is drawn as a whole number of so many parts of it."""
 
 
 def _scaled(size: tuple[int, int], base: int, resolution: int) -> tuple[int, int]:
@@ -88,6 +95,10 @@ class Operator(Frozen):
 
     def at(self, base: int, resolution: int) -> Self:
         """The same operator with every size filled in for `resolution`; explicit ones were written for `base`."""
+        return self
+
+    def before(self, mean: Triple, std: Triple) -> Self:
+        """The same operator with the colours filled in that depend on the normalization, of pixels in [0, 1]."""
         return self
 
     def draw(self, width: int, height: int, rng: np.random.Generator) -> tuple[int, ...]:
@@ -169,8 +180,8 @@ class RandCropImage(Crop):
     scale: the part's share of the area; ratio: its width over its height. Both are cut to what fits the image.
     """
 
-    scale: Annotated[tuple[Share, Share], AfterValidator(_ascending)] = (0.08, 1.0)
-    ratio: Annotated[tuple[Positive, Positive], AfterValidator(_ascending)] = (3 / 4, 4 / 3)
+    scale: Annotated[tuple[Share, Share], AfterValidator(ascending)] = (0.08, 1.0)
+    ratio: Annotated[tuple[Positive, Positive], AfterValidator(ascending)] = (3 / 4, 4 / 3)
     interpolation: Interpolation = "bilinear"
 
     def draw(self, width: int, height: int, rng: np.random.Generator) -> tuple[int, ...]:

@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 from pydantic import ValidationError
 
+from ssld.data.augment import AutoAugment, ColorJitter, RandAugment, TimmAutoAugment
 from ssld.data.operators import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -56,7 +57,11 @@ _PROBE = (500, 375)
 """Width and height of an ordinary photograph; it is no square, because a square hides a missing crop."""
 
 OPERATORS: Mapping[str, type[Operator]] = {
-    operator.__name__: operator for operator in (ResizeImage, CropImage, RandCropImage, RandFlipImage, NormalizeImage)
+    operator.__name__: operator
+    for operator in (
+        *(ResizeImage, CropImage, RandCropImage, RandFlipImage, NormalizeImage),
+        *(AutoAugment, RandAugment, TimmAutoAugment, ColorJitter),
+    )
 }
 
 MIXING = ("mixup", "cutmix", "fmix", "mixupcutmixhybrid")
@@ -99,7 +104,7 @@ def _check_order(operators: tuple[Operator, ...]) -> None:
     names = [type(operator).__name__ for operator in operators]
     if "NormalizeImage" in names[:-1]:
         raise ValueError(f"expected NormalizeImage once and last, got {', '.join(names)}")
-    shaping = [name for name in names if name not in ("RandFlipImage", "NormalizeImage")]
+    shaping = [name for name in names if name in ("ResizeImage", "CropImage", "RandCropImage")]
     if "RandCropImage" in shaping[1:]:
         # Its part would be drawn in pixels of the resized image, and change with the resolution.
         raise ValueError(f"expected one RandCropImage, before what else resizes or crops, got {', '.join(names)}")
