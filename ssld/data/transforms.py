@@ -17,10 +17,12 @@ from PIL import Image
 from pydantic import ValidationError
 
 from ssld.data.augment import AutoAugment, ColorJitter, RandAugment, TimmAutoAugment
+from ssld.data.erasing import Cutout, Erasing, GridMask, HideAndSeek, RandomErasing
 from ssld.data.operators import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     LARGEST_SIDE,
+    Crop,
     CropImage,
     NormalizeImage,
     Operator,
@@ -51,7 +53,7 @@ REVISION = 1
 """Goes up whenever the same operators, of the same seed, would draw or render something else."""
 
 View = tuple[tuple[int, ...], ...]
-"""What each pixel operator drew: () where it draws nothing. Source pixels, independent of the resolution."""
+"""What each pixel operator drew: () where it draws nothing. Source pixels or shares, independent of the resolution."""
 
 _PROBE = (500, 375)
 """Width and height of an ordinary photograph; it is no square, because a square hides a missing crop."""
@@ -61,6 +63,7 @@ OPERATORS: Mapping[str, type[Operator]] = {
     for operator in (
         *(ResizeImage, CropImage, RandCropImage, RandFlipImage, NormalizeImage),
         *(AutoAugment, RandAugment, TimmAutoAugment, ColorJitter),
+        *(RandomErasing, Cutout, HideAndSeek, GridMask),
     )
 }
 
@@ -101,13 +104,18 @@ def _operator(item: object) -> Operator:
 
 
 def _check_order(operators: tuple[Operator, ...]) -> None:
-    names = [type(operator).__name__ for operator in operators]
-    if "NormalizeImage" in names[:-1]:
-        raise ValueError(f"expected NormalizeImage once and last, got {', '.join(names)}")
-    shaping = [name for name in names if name in ("ResizeImage", "CropImage", "RandCropImage")]
-    if "RandCropImage" in shaping[1:]:
+    names = ", ".join(type(operator).__name__ for operator in operators)
+    normalized = [place for place, operator in enumerate(operators) if isinstance(operator, NormalizeImage)]
+    if normalized and not all(isinstance(operator, Erasing) for operator in operators[normalized[0] + 1 :]):
+        raise ValueError(f"expected NormalizeImage once and last, but for operators that erase, got {names}")
+    shaping = [place for place, operator in enumerate(operators) if isinstance(operator, ResizeImage | Crop)]
+    if any(isinstance(operators[place], RandCropImage) for place in shaping[1:]):
         # Its part would be drawn in pixels of the resized image, and change with the resolution.
-        raise ValueError(f"expected one RandCropImage, before what else resizes or crops, got {', '.join(names)}")
+        raise ValueError(f"expected one RandCropImage, before what else resizes or crops, got {names}")
+    erasing = [place for place, operator in enumerate(operators) if isinstance(operator, Erasing)]
+    if erasing and shaping and erasing[0] < shaping[-1]:
+        # The lengths are shares of the view, of which the crop would take a part.
+        raise ValueError(f"expected operators that erase behind what resizes or crops, got {names}")
 
 
 def _check_sides(steps: tuple[Operator, ...], base: int, resolution: int) -> None:
@@ -167,14 +175,14 @@ class Pipeline:
 
     @property
     def _normalize(self) -> NormalizeImage:
-        last = self.operators[-1] if self.operators else None
-        return last if isinstance(last, NormalizeImage) else NormalizeImage()
+        found = (operator for operator in self.operators if isinstance(operator, NormalizeImage))
+        return next(found, NormalizeImage())
 
     @cached_property
     def steps(self) -> tuple[Operator, ...]:
-        """The operators that make pixels, with every size filled in: equal steps render equal pixels."""
+        """The operators that make pixels, with every size and colour filled in: equal steps render equal pixels."""
         return tuple(
-            operator.at(self.base, self.resolution)
+            operator.at(self.base, self.resolution).before(self.mean, self.std)
             for operator in self.operators
             if not isinstance(operator, NormalizeImage)
         )
