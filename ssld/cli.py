@@ -33,11 +33,12 @@ STALL = click.option(
     metavar="SECONDS",
     help="End where an image, an answer, a step or a save takes longer, 0: never; kept by the run, at first 600.",
 )
+OVERRIDES = click.option(
+    "-o", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the recipe; repeatable."
+)
 RECIPE = (
     click.argument("recipe"),
-    click.option(
-        "-o", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the recipe; repeatable."
-    ),
+    OVERRIDES,
     click.option("--limit", type=click.IntRange(min=1), help="A smoke run: at most so many images of each set."),
     click.option("--out", type=PATH, help="The run directory; runs/NAME when left out."),
 )
@@ -226,6 +227,24 @@ def check(recipe: str, out: Path | None, device: str, stall_timeout: float, **op
             give(f"\n{found.finding}")
             show(*found.table())
     report.raise_faults()
+
+
+@main.command()
+@click.argument("recipe")
+@click.argument("image", type=PATH)
+@click.argument("out", type=PATH)
+@OVERRIDES
+@click.option("--views", type=click.IntRange(min=1, max=99), default=15, help="How many.")
+def augment(recipe: str, image: Path, out: Path, **options: Any) -> None:
+    """\b
+    Example:
+      ssld augment mine.yaml photo.jpg views.png
+
+    Draw views of an image as training shows them, into one picture. The image itself is the first.
+    """
+    from ssld.preview.augment import views_of
+
+    give(views_of(recipe, image, out, **options))
 
 
 @main.command()
