@@ -157,7 +157,9 @@ def mobilenet_before(name: str) -> str:
 
 
 def known() -> dict[str, list[str]]:
-    return {name: list(keys) for name, keys in json.loads(gzip.decompress(KEYS.read_bytes())).items()}
+    """Today's names in the networks that had others."""
+    listed = json.loads(gzip.decompress(KEYS.read_bytes())).items()
+    return {name: list(keys) for name, keys in listed if re.fullmatch(r"ResNet\d+_vd|MobileNetV3_.+", name)}
 
 
 @pytest.mark.parametrize("network", known())

