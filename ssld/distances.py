@@ -105,7 +105,7 @@ def dkd(
     return (alpha * of_target + beta * of_others) * temperature**2
 
 
-@declares(lambda options: Needs(dense=True, rows=2 if options["gamma"] else 1))
+@declares(Needs(dense=True))
 def dist(student: Tensor, teacher: Tensor, beta: Share = 1.0, gamma: Share = 1.0) -> Tensor:
     """beta * (1 - correlation between classes) + gamma * (1 - correlation within classes), each part within [0, 2].
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from ssld import plugins
-from ssld.errors import PluginError, RecipeError
+from ssld.errors import PluginError
 from ssld.settings import Named, Stored, Term, TrainingSettings
 
 L = TypeVar("L", bound=Callable[..., Any])
@@ -18,13 +18,11 @@ L = TypeVar("L", bound=Callable[..., Any])
 class Needs:
     """What a loss has to be given beside the student's logits and the teacher's of some classes and the rest.
 
-    dense: the teacher's logits of all classes; rows: so many images at once, since it relates them to each other;
-    labels: the true classes, int64 [B], as its parameter `labels`.
+    dense: the teacher's logits of all classes; labels: the true classes, int64 [B], as its parameter `labels`.
     temperature: at which labels of some classes must have been made; its option of that name says so, and no other.
     """
 
     dense: bool = False
-    rows: int = 1
     labels: bool = False
     temperature: float = 1.0
 
@@ -53,7 +51,9 @@ def needs_of(setting: Named) -> Needs:
         options = defaults(loss) | setting.options
         declared = getattr(loss, "needs", Needs())
         found = declared(options) if callable(declared) else declared
-        return replace(found, temperature=options.get("temperature", 1.0))
+        warm = options.get("temperature", 1.0)
+        # what is no number is refused with all other wrong options, when the loss is tried
+        return replace(found, temperature=warm if isinstance(warm, int | float) else 1.0)
     except Exception as error:
         raise PluginError(
             f"loss {setting.name!r} of package {plugins.origin('losses', setting.name)} cannot say what it needs: "
@@ -113,15 +113,3 @@ def _check_average(settings: TrainingSettings) -> None:
             f"expected losses of one temperature, at which {len(settings.taught_by)} teachers are averaged, got {got}; "
             f"make them equal, or name one teacher"
         )
-
-
-def check_rows(settings: TrainingSettings, ranks: int) -> None:
-    """Raise RecipeError where a rank's part of a batch is too small for a loss that relates its images."""
-    fewest = settings.batch_size // ranks
-    for term in settings.losses if settings.taught_by else ():
-        wanted = needs_of(term).rows
-        if fewest < wanted:
-            raise RecipeError(
-                f"loss {term.name}: expected at least {wanted} images for each of {ranks} processes, got {fewest} of "
-                f"batch_size: {settings.batch_size}; raise it, or lower --nproc"
-            )

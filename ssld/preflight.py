@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from ssld import needs
 from ssld.errors import RecipeError
 from ssld.files import writable
 from ssld.graph import Node, place_of
@@ -33,7 +32,6 @@ def preflight(nodes: Sequence[Node], inputs: Inputs) -> None:
         if settings.losses:
             with placed(plan.recipe, node, "loss"):
                 losses.weighted(settings.losses)
-                needs.check_rows(settings, inputs.members.options.nproc)
         if settings.taught_by:
             writable(run.labels(node))
         # a stage that is still to run cannot be asked yet

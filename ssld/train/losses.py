@@ -24,6 +24,8 @@ from ssld.needs import Needs, needs_of
 from ssld.settings import Named, Term
 from ssld.train.feed import Target
 
+GIVEN = {"student", "teacher", "labels", "bucket"}
+"""What a loss may take beside its options: the logits of both, true classes, and whether there is a bucket."""
 TRIED = ((3, False), (2, True))
 """Columns of the logits on which a loss is tried: all classes, then one class and the bucket of the others."""
 
@@ -148,11 +150,16 @@ def weighted(terms: Sequence[Term]) -> Loss:
 
 def _bound(term: Term) -> Callable[[dict[str, Any]], Tensor]:
     """A loss with its options, which takes of the values that it is given those for which it has a parameter."""
+    if taken := GIVEN & term.options.keys():
+        raise RecipeError(
+            f"loss {term.name}: expected options of its own, got {', '.join(sorted(taken))}, which the stage gives it; "
+            f"take it out"
+        )
     for columns, bucket in TRIED:
         _try(term, paddle.zeros([2, columns]), bucket)
     distance = plugins.load("losses", term.name)
-    taken = inspect.signature(distance).parameters.keys()
-    return lambda given: distance(**{key: value for key, value in given.items() if key in taken}, **term.options)
+    wanted = GIVEN & inspect.signature(distance).parameters.keys()
+    return lambda given: distance(**{key: given[key] for key in wanted}, **term.options)
 
 
 def _try(term: Term, logits: Tensor, bucket: bool) -> None:

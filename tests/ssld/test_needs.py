@@ -9,7 +9,7 @@ import pytest
 from ssld import distances
 from ssld.errors import PluginError, RecipeError
 from ssld.graph import make_plan
-from ssld.needs import Needs, check, check_rows, declares, needs_of, temperature
+from ssld.needs import Needs, check, declares, needs_of, temperature
 from ssld.recipe import read_recipe
 from ssld.settings import TaughtSettings, Teachers, Term
 
@@ -40,8 +40,7 @@ def settings(loss, labels="online", model=Taught, teacher=({"stage": "teach"},),
         (term("kl", temperature=4), Needs(temperature=4)),
         (term("dkd", temperature=2.0, beta=8), Needs(temperature=2)),
         (term("dkd", target="labels"), Needs(dense=True, labels=True)),
-        (term("dist"), Needs(dense=True, rows=2)),
-        (term("dist", gamma=0), Needs(dense=True)),
+        (term("dist"), Needs(dense=True)),
         (term("wsl"), Needs(dense=True, temperature=2)),
         (term("wsl", temperature=1), Needs()),
         (term("wsl", temperature=1.0, target="labels"), Needs(dense=True, labels=True)),
@@ -59,8 +58,9 @@ def test_a_stranger_declares_by_a_value_or_by_a_function_of_its_options(monkeypa
     assert needs_of(Term(name="js")) == Needs(temperature=3)
     declares(Needs(dense=True))(mine)
     assert needs_of(Term(name="js")) == Needs(dense=True, temperature=3)
-    declares(lambda options: Needs(rows=options["reach"] + 1))(mine)
-    assert needs_of(Term.model_validate(term("js", reach=7))) == Needs(rows=8, temperature=3)
+    declares(lambda options: Needs(labels=options["reach"] > 5))(mine)
+    assert needs_of(Term.model_validate(term("js", reach=7))) == Needs(labels=True, temperature=3)
+    assert needs_of(Term(name="js")) == Needs(temperature=3)
 
 
 @pytest.mark.parametrize("declared", [lambda options: options["nothing"], "dense", lambda options: None], ids=str)
@@ -146,20 +146,12 @@ def test_teachers_asked_in_every_step_are_averaged_at_one_temperature():
     assert temperature(settings("wsl")) == 2
 
 
+def test_a_temperature_that_is_no_number_is_left_to_the_trial_of_the_loss():
+    check(settings(term("kl", temperature="warm"), KEPT), CLASSES)
+
+
 def test_without_a_teacher_no_loss_is_asked():
     check(settings("dist", KEPT, teacher=()), CLASSES)
-    check_rows(settings("dist", teacher=(), batch_size=2), 2)
-
-
-@pytest.mark.parametrize(("batch_size", "ranks", "rows"), [(2, 1, 2), (4, 2, 2), (3, 2, 1), (7, 4, 1), (2, 2, 1)])
-def test_every_rank_needs_as_many_images_as_the_loss_relates(batch_size, ranks, rows):
-    related, alone = settings(["js", "dist"], batch_size=batch_size), settings("js", batch_size=batch_size)
-    check_rows(alone, ranks)
-    if rows == 2:
-        check_rows(related, ranks)
-        return
-    with pytest.raises(RecipeError, match=f"loss dist: expected at least 2 images for each of {ranks} processes"):
-        check_rows(related, ranks)
 
 
 RECIPE = {

@@ -60,6 +60,38 @@ def test_a_share_of_both_is_their_weighted_sum(objective_of, make_task, teacher)
     np.testing.assert_allclose(mixed.numpy(), 0.75 * soft.numpy() + 0.25 * hard.numpy(), rtol=1e-5)
 
 
+def test_smoothing_is_of_the_true_labels_alone(objective_of, make_task, teacher):
+    """Four classes: of 0.4, 0.3 go to the other three, whose losses exceed the true one's by what their logits lack."""
+    logits = np.array([[2.0, 0.5, -1.0, 0.0], [0.0, 1.0, 0.0, 3.0]], np.float32)
+    target = Target(0, np.zeros(0), ("a",) * 2, np.array([0, 1]), Soft(None, logits[::-1].copy()))
+    plain, smooth = (
+        objective_of(stage, make_task("finetune", {**START, **TAUGHT, "hard": 0.5, **given}, teacher=teacher))(
+            paddle.to_tensor(logits), target
+        ).numpy()
+        for given in ({}, {"smoothing": 0.4})
+    )
+    more = [0.1 * sum(row[true] - row) for row, true in zip(logits, (0, 1), strict=True)]
+    np.testing.assert_allclose(smooth - plain, 0.5 * np.array(more), rtol=1e-5)
+    with pytest.raises(ValidationError, match="expected hard above 0 beside smoothing"):
+        settings(**TAUGHT, smoothing=0.1)
+
+
+def test_a_sum_of_losses_may_ask_for_the_true_classes(objective_of, make_task, teacher):
+    draw = np.random.default_rng(2)
+    logits, taught = (draw.normal(size=(3, 4)).astype(np.float32) for _ in range(2))
+    target = Target(0, np.zeros(0), ("a",) * 3, np.array([1, 3, 0]), Soft(None, taught))
+    told = {"name": "dkd", "target": "labels", "beta": 0}
+
+    def minimized(loss):
+        objective = objective_of(stage, make_task("finetune", {**START, **TAUGHT, "loss": loss}, teacher=teacher))
+        return objective(paddle.to_tensor(logits), target).numpy()
+
+    p, q = (np.exp(x)[[0, 1, 2], [1, 3, 0]] / np.exp(x).sum(1) for x in (taught.astype(float), logits.astype(float)))
+    expected = p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q))
+    np.testing.assert_allclose(minimized(told), expected, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(minimized(["js", {**told, "weight": 2}]), minimized("js") + 2 * expected, rtol=1e-4)
+
+
 def test_without_hard_labels_an_unlabeled_set_will_do(objective_of, make_task, teacher):
     objective = objective_of(stage, make_task("finetune", {**START, **TAUGHT}, teacher=teacher))
     target = Target(0, np.zeros(0), ("a",) * 2, None, Soft(None, np.ones((2, 4), np.float32)))

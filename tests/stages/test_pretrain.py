@@ -22,6 +22,18 @@ def test_objective_is_the_cross_entropy_of_each_image(objective_of, make_task):
     np.testing.assert_allclose(got.numpy(), expected, rtol=1e-5)
 
 
+def test_smoothing_spreads_a_share_of_each_label(objective_of, make_task):
+    """The mean over all classes of the cross-entropy with each, by its share."""
+    logits = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)
+
+    def minimized(hard, **given):
+        target = Target(0, np.zeros(0), ("a",) * 5, np.full(5, hard), None)
+        return objective_of(stage, make_task("pretrain", given))(paddle.to_tensor(logits), target).numpy()
+
+    expected = 0.8 * minimized(2) + 0.2 * np.mean([minimized(hard) for hard in range(4)], axis=0)
+    np.testing.assert_allclose(minimized(2, smoothing=0.2), expected, rtol=1e-5)
+
+
 @pytest.mark.usefixtures("unmeasured")
 def test_unlabeled_data_are_refused(make_task, shapes):
     with pytest.raises(DataError, match="expected labeled images, got one without a label: shapes"):

@@ -467,6 +467,12 @@ def test_named_refuses_wrong_options(options, message):
         losses.named(Named(name="kl", **options))
 
 
+@pytest.mark.parametrize("given", ["student", "teacher", "labels", "bucket"])
+def test_what_the_stage_gives_is_no_option(given):
+    with pytest.raises(RecipeError, match=f"loss dkd: expected options of its own, got {given}, which the stage gives"):
+        losses.weighted(terms({"name": "dkd", given: True}))
+
+
 def test_named_refuses_an_unknown_loss():
     with pytest.raises(RecipeError, match="jss"):
         losses.named(Named(name="jss"))
@@ -531,9 +537,7 @@ def test_the_objective_gives_true_classes_to_a_loss_that_needs_them_and_asks_for
 @pytest.mark.parametrize("name", ["dist", "wsl"])
 def test_labels_of_some_classes_are_refused_where_all_are_needed(name):
     s, t = np.random.default_rng(2).normal(0, 3, (2, 3, 7))
-    with pytest.raises(
-        RecipeError, match=f"loss {name}: expected soft labels of all classes, got 2 of 7 classes"
-    ):
+    with pytest.raises(RecipeError, match=f"loss {name}: expected soft labels of all classes, got 2 of 7 classes"):
         losses.weighted(terms("js", name))(paddle.to_tensor(s), sparse(t, 2))
 
 
