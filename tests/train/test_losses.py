@@ -4,6 +4,7 @@ What is of one row of logits alone, or of dkd, dist and wsl, is tested in tests/
 """
 
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import paddle
@@ -224,6 +225,12 @@ def sparse(teacher, k, temperature=1.0, seed=0):
     return Soft(ids, coarse(teacher, ids, temperature).astype(np.float32), temperature)
 
 
+@cache
+def bound(name, **options):
+    """The loss of that name; to look for it anew in every example would take most of the time of a test."""
+    return losses.named(Named(name=name, **options))
+
+
 def dense(teacher):
     return Soft(None, teacher.astype(np.float32))
 
@@ -278,7 +285,7 @@ def test_sparse_labels_equal_the_float64_reckoning(loss, reckoned, batch):
     def expected(x):
         return reckoned(coarse(x, soft.ids, soft.temperature), soft.logits.astype(np.float64), **options)
 
-    found, slope = evaluated(losses.named(Named(name=loss.__name__, **options)), s, soft)
+    found, slope = evaluated(bound(loss.__name__, **options), s, soft)
     np.testing.assert_allclose(found, expected(s), rtol=1e-9, atol=1e-9)
     np.testing.assert_allclose(slope, derivative(expected, s), rtol=1e-9, atol=1e-9)
 
@@ -292,7 +299,7 @@ def test_sparse_labels_in_single_precision(loss, reckoned, scale):
     def expected(x):
         return reckoned(coarse(x, soft.ids), soft.logits.astype(np.float64))
 
-    found, slope = evaluated(losses.named(Named(name=loss.__name__)), s, soft)
+    found, slope = evaluated(bound(loss.__name__), s, soft)
     assert found.dtype == slope.dtype == np.float32
     np.testing.assert_allclose(found, expected(s.astype(np.float64)), rtol=2e-6, atol=1e-6)
     np.testing.assert_allclose(slope, derivative(expected, s.astype(np.float64)), atol=1e-6)
@@ -302,8 +309,7 @@ def test_sparse_labels_in_single_precision(loss, reckoned, scale):
 def test_labels_of_all_classes_but_one_are_dense_labels(loss, pair):
     s, t = pair
     soft = sparse(t, t.shape[1] - 1)
-    bound = losses.named(Named(name=loss.__name__))
-    found, slope = evaluated(bound, s, soft)
+    found, slope = evaluated(bound(loss.__name__), s, soft)
     np.testing.assert_allclose(found, value(loss, s, t), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(slope, gradient(loss, s, t), rtol=1e-5, atol=1e-6)
 
@@ -311,7 +317,7 @@ def test_labels_of_all_classes_but_one_are_dense_labels(loss, pair):
 @names
 def test_dense_labels_are_not_bucketed(loss, pair):
     s, t = (logits.astype(np.float32) for logits in pair)
-    found, slope = evaluated(losses.named(Named(name=loss.__name__)), s, Soft(None, t))
+    found, slope = evaluated(bound(loss.__name__), s, Soft(None, t))
     np.testing.assert_array_equal(found, value(loss, s, t))
     np.testing.assert_array_equal(slope, gradient(loss, s, t))
 
@@ -325,8 +331,8 @@ def test_the_order_of_the_kept_classes_means_nothing(loss, batch, seed):
     k = soft.ids.shape[1]
     order = np.random.default_rng(seed).permutation(k)
     turned = replace(soft, ids=soft.ids[:, order], logits=soft.logits[:, [*order, k]])
-    bound = losses.named(Named(name=loss.__name__))
-    for one, other in zip(evaluated(bound, s, soft), evaluated(bound, s, turned), strict=True):
+    found, again = (evaluated(bound(loss.__name__), s, labels) for labels in (soft, turned))
+    for one, other in zip(found, again, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-10, atol=1e-12)
 
 
@@ -352,7 +358,7 @@ def test_sparse_labels_stay_finite_at_the_ends_of_the_scale(loss, gap):
     s = np.float32([[gap, gap - 1, 0.0, -1.0, -gap], [0.0, gap, gap, gap, 0.0], [-gap, gap, 0.0, gap, gap]])
     for rest in (-104.0, 0.0, 50.0):
         soft = Soft(np.int64([[0, 1], [4, 1], [2, 0]]), np.float32([[0.0, -1.0, rest]] * 3))
-        found, slope = evaluated(losses.named(Named(name=loss.__name__)), s, soft)
+        found, slope = evaluated(bound(loss.__name__), s, soft)
         assert np.isfinite(found).all()
         assert np.isfinite(slope).all()
         np.testing.assert_allclose(slope.sum(axis=1), 0, atol=2e-2)
@@ -370,12 +376,12 @@ def test_a_tiny_rest_of_the_teacher_pushes_the_students_rest_down():
 
 def test_bucketing_changes_neither_logits_nor_labels_and_gives_the_same_bits_again():
     s, t = np.random.default_rng(2).normal(0, 3, (2, 8, 100)).astype(np.float32)
-    soft, bound = sparse(t, 5), losses.named(Named(name="js"))
+    soft, js = sparse(t, 5), bound("js")
     ids, student = soft.ids.copy(), paddle.to_tensor(s, stop_gradient=False)
-    bound(student, soft).sum().backward()
+    js(student, soft).sum().backward()
     first = student.grad.numpy().copy()
     student.clear_gradient(set_to_zero=False)
-    bound(student, soft).sum().backward()
+    js(student, soft).sum().backward()
     np.testing.assert_array_equal(student.grad.numpy(), first)
     np.testing.assert_array_equal(student.numpy(), s)
     np.testing.assert_array_equal(soft.ids, ids)
@@ -383,18 +389,18 @@ def test_bucketing_changes_neither_logits_nor_labels_and_gives_the_same_bits_aga
 
 def test_a_bucketed_batch_is_its_samples_one_by_one():
     s, t = np.random.default_rng(2).normal(0, 3, (2, 8, 100)).astype(np.float32)
-    soft, bound = sparse(t, 5), losses.named(Named(name="js"))
-    whole = evaluated(bound, s, soft)
-    alone = [evaluated(bound, s[[i]], Soft(soft.ids[[i]], soft.logits[[i]])) for i in range(len(s))]
+    soft, js = sparse(t, 5), bound("js")
+    whole = evaluated(js, s, soft)
+    alone = [evaluated(js, s[[i]], Soft(soft.ids[[i]], soft.logits[[i]])) for i in range(len(s))]
     for one, many in zip(whole, zip(*alone, strict=True), strict=True):
         np.testing.assert_allclose(one, np.concatenate(many), rtol=1e-6, atol=1e-7)
 
 
 def test_gradients_of_soft_and_hard_labels_add_up():
     s, t = np.random.default_rng(2).normal(0, 3, (2, 8, 100))
-    soft, hard, bound = sparse(t, 5), paddle.arange(8), losses.named(Named(name="js"))
-    _, both_slopes = evaluated(lambda logits, soft: bound(logits, soft) + losses.hard_ce(logits, hard), s, soft)
-    _, soft_slope = evaluated(bound, s, soft)
+    soft, hard, js = sparse(t, 5), paddle.arange(8), bound("js")
+    _, both_slopes = evaluated(lambda logits, soft: js(logits, soft) + losses.hard_ce(logits, hard), s, soft)
+    _, soft_slope = evaluated(js, s, soft)
     _, hard_slope = evaluated(lambda logits, _: losses.hard_ce(logits, hard), s, soft)
     np.testing.assert_allclose(both_slopes, soft_slope + hard_slope, rtol=1e-12, atol=1e-15)
 
