@@ -15,6 +15,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from ssld.data.operators import LARGEST_SIDE, UNIT, Chance, Colour, Operator, Share, Side, Triple, quotient
 from ssld.seeds import generator
+from ssld.wording import got
 
 WRITTEN_FOR = 224
 """The resolution at which PaddleClas's default lengths make sense."""
@@ -230,7 +231,9 @@ class GridMask(Measured):
     @model_validator(mode="after")
     def _both(self) -> Self:
         if (self.d1 is None) != (self.d2 is None) or (self.d1 or 0) > (self.d2 or 0):
-            raise ValueError(f"expected both d1 and d2, the smaller first, or neither, got {self.d1} and {self.d2}")
+            raise ValueError(
+                f"expected both d1 and d2, the smaller first, or neither, got {got(self.d1)} and {got(self.d2)}"
+            )
         return self
 
     def _lengths(self, scale: float) -> dict[str, object]:

@@ -256,7 +256,7 @@ def test_several_holes_hide_more() -> None:
 
 
 def test_hide_and_seek_hides_squares_all_over_the_view() -> None:
-    """PaddleClas's takes the axes of [height, width, channels] for others, and hides the first three rows at most."""
+    """PaddleClas's takes the axes of [height, width, channels] for others, and hides three columns at most."""
     for size in (16, 32, 44, 56):
         found = masks({"HideAndSeek": {"grid_sizes": [size]}}, 60)
         edges = [*range(0, 224, size), 224]
@@ -360,7 +360,7 @@ def test_a_grid_turns_about_the_center_as_pillow_turns_a_picture_of_it() -> None
         ([{"RandomErasing": {"mode": "noise"}}], "RandomErasing.mode: expected const or rand or pixel, got 'noise'"),
         ([{"HideAndSeek": {"hide_prob": 2}}], "HideAndSeek.hide_prob: expected a number ≥ 0 and ≤ 1, got 2"),
         ([{"HideAndSeek": {"grid_sizes": []}}], "HideAndSeek.grid_sizes: expected a list of at least 1"),
-        ([{"GridMask": {"d1": 9}}], "both d1 and d2, the smaller first, or neither, got 9 and None"),
+        ([{"GridMask": {"d1": 9}}], "both d1 and d2, the smaller first, or neither, got 9 and null"),
         ([{"GridMask": {"d1": 9, "d2": 8}}], "both d1 and d2, the smaller first, or neither, got 9 and 8"),
         ([{"GridMask": {"ratio": 1}}], "GridMask.ratio: expected a number > 0 and < 1, got 1"),
         ([{"GridMask": {"mode": 2}}], "GridMask.mode: expected 0 or 1, got 2"),

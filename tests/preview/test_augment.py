@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +14,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from ssld.cli import main
+from ssld.data.transforms import OPERATORS as KNOWN
 from ssld.data.transforms import Pipeline, view
 from ssld.errors import DataError, OutputError, RecipeError
 from ssld.preview.augment import views_of
@@ -99,3 +103,38 @@ def test_the_command_says_what_it_has_drawn(recipe: Path, photo: Path, tmp_path:
     result = CliRunner().invoke(main, words)
     assert (result.exit_code, result.output) == (0, f"{out}: photo.png and 3 views of it by RandCropImage\n")
     assert picture(out).shape == (GAP + 2 * (SIDE + GAP),) * 2 + (3,)
+
+
+# --- docs/augmentations.md
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def written_commands() -> dict[str, list[str]]:
+    """The commands of the document by the name of the operator that each shows."""
+    text = (DOCS / "augmentations.md").read_text("utf-8").replace("\\\n", " ")
+    found = re.findall(r"^### (\w+)\n.*?^ssld (augment \S+ china\.jpg .*?)$", text, re.MULTILINE | re.DOTALL)
+    return {name: shlex.split(line) for name, line in found}
+
+
+def test_the_document_shows_every_augmentation() -> None:
+    assert list(written_commands()) == list(KNOWN)[5:]
+    text = (DOCS / "augmentations.md").read_text("utf-8")
+    shown = re.findall(r"!\[[^]]+\]\((images/\w+\.png)\)", text)
+    assert shown == [f"images/{name}.png" for name in written_commands()]
+
+
+@pytest.mark.parametrize("name", written_commands())
+def test_the_pictures_of_the_document_are_what_its_commands_draw(name: str, tmp_path: Path) -> None:
+    library = find_spec("sklearn")
+    assert library is not None
+    assert library.origin is not None
+    photo = Path(library.origin).with_name("datasets") / "images" / "china.jpg"
+    command, recipe, _, out, *options = written_commands()[name]
+    assert out == f"docs/images/{name}.png"
+    words = [command, recipe, str(photo), str(tmp_path / "out.png"), *options]
+    result = CliRunner().invoke(main, words)
+    assert result.exit_code == 0, result.output
+    kept, drawn = (picture(file).astype(int) for file in (DOCS / "images" / f"{name}.png", tmp_path / "out.png"))
+    # another build of Pillow may decode and resize to other last bits
+    assert np.abs(kept - drawn).mean() < 3
