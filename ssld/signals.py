@@ -120,8 +120,8 @@ def importing() -> Iterator[None]:
             # before they are let in
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-            for number in came:
-                signal.raise_signal(number)
+            for arrived in came:
+                signal.raise_signal(arrived)
 
 
 def _may_handle() -> bool:

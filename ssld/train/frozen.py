@@ -110,21 +110,34 @@ class Frozen:
                 f"learning_rate, or set clip_norm"
             )
         limit = TOLERANCE[self._precision] * max(1.0, float(np.abs(expected).max()))
-        if _difference(self._engine, images, expected) <= limit:
+        if _difference(self._engine, images, expected)[0] <= limit:
             return
-        # the layer has changed in more than its weights, or asks the images for what only the careful export finds
-        self._program = _Program(snapshot, self._size, careful=True)
-        self._answer_as(snapshot)
-        if not (off := _difference(self._engine, images, expected)) <= limit:
-            cure = (
-                "look in its forward for Python values that an export makes constant"
-                if self._precision == "float32"
-                else f"its weights want more than {self._precision}: leave precision out"
+        off, fault = self._answer_with_care(snapshot, images, expected)
+        if not off <= limit:
+            got, cure = (
+                f"a difference of {off:.2g}",
+                "look in its forward for Python values that an export makes constant",
             )
+            if self._precision != "float32":
+                cure = f"its weights want more than {self._precision}: leave precision out"
+            if fault:
+                got, cure = fault, "compute that part of its forward by other operations"
             raise SsldError(
                 f"expected the exported {who} in {self._precision} to answer as the layer itself does, to {limit:.2g} "
-                f"in every logit, got a difference of {off:.2g}; {cure}"
+                f"in every logit, got {got}; {cure}"
             )
+
+    def _answer_with_care(self, snapshot: nn.Layer, images: np.ndarray, expected: np.ndarray) -> tuple[float, str]:
+        """Export anew: the layer has changed in more than its weights, or asks the images for what only this finds."""
+        try:
+            self._program = _Program(snapshot, self._size, careful=True)
+            self._answer_as(snapshot)
+        except SsldError:
+            raise
+        except Exception as error:
+            # of any kind, since it comes from the code of the layer, as paddle has rewritten it
+            return math.inf, _words(error)
+        return _difference(self._engine, images, expected)
 
 
 class _Program:
@@ -136,7 +149,7 @@ class _Program:
 
     def __init__(self, layer: nn.Layer, size: int, *, careful: bool = False) -> None:
         images = paddle.static.InputSpec([None, 3, size, size], "float32", "images")
-        self._traced = (None if careful else _as_written(layer, images)) or _traced(_snapshot(layer), images)
+        self._traced = (None if careful else _as_written(layer, images)) or _traced(_Called(_snapshot(layer)), images)
 
     def engine(self, layer: nn.Layer | None, threads: int, precision: str) -> Engine:
         """The program with the weights of this layer; with those that it has where there is None."""
@@ -165,12 +178,19 @@ class _Program:
         return run
 
 
-class _Plain(nn.Layer):
-    """A layer whose Python is run as it stands when it is exported."""
+class _Called(nn.Layer):
+    """A layer by one name of its input, whatever its own forward calls it."""
 
     def __init__(self, layer: nn.Layer) -> None:
         super().__init__()
         self.layer = layer
+
+    def forward(self, images: paddle.Tensor) -> paddle.Tensor:
+        return self.layer(images)
+
+
+class _Plain(_Called):
+    """A layer whose Python is run as it stands when it is exported."""
 
     @paddle.jit.not_to_static
     def forward(self, images: paddle.Tensor) -> paddle.Tensor:
@@ -249,14 +269,21 @@ def _save(traced: nn.Layer, folder: Path) -> tuple[str, str]:
     return str(program), str(weights)
 
 
-def _difference(engine: Engine, images: np.ndarray, expected: np.ndarray) -> float:
-    """The largest difference in any logit; infinite where the engine fails, or answers in another shape."""
+def _words(error: Exception) -> str:
+    """What an error of paddle says in the end, below the trace of its own."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1].strip()}"
+
+
+def _difference(engine: Engine, images: np.ndarray, expected: np.ndarray) -> tuple[float, str]:
+    """The largest difference in any logit, and what is wrong with an engine that fails or answers in another shape."""
     try:
         logits = engine(images)
-    except Exception:
+    except Exception as error:
         # of any kind: operators of the program may raise what they like
-        return math.inf
-    return float(np.abs(logits - expected).max()) if logits.shape == expected.shape else math.inf
+        return math.inf, _words(error)
+    if logits.shape != expected.shape:
+        return math.inf, f"logits {list(logits.shape)} for {list(expected.shape)}"
+    return float(np.abs(logits - expected).max()), ""
 
 
 def _expect_bfloat16(device: str) -> None:

@@ -386,6 +386,24 @@ def test_leaves_no_files(layer, tmp_path, monkeypatch):
     np.testing.assert_allclose(frozen(images(2)), expected(layer, images(2)), atol=1e-5)
 
 
+class Enlarging(nn.Layer):
+    """By an operation that paddle's engine cannot run; its input has a name of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(3, 4)
+
+    def forward(self, x):
+        return self.head(nn.functional.interpolate(x, scale_factor=2, mode="nearest").mean([2, 3]))
+
+
+def test_what_no_export_can_run_is_said_in_the_words_of_the_engine():
+    with pytest.raises(
+        SsldError, match=r"the exported Enlarging .* got NotImplementedError: .*; compute that part of its"
+    ):
+        Frozen(Enlarging(), SIZE)(images(2))
+
+
 @pytest.mark.parametrize("share", [0, 0.5])
 @pytest.mark.parametrize("part", ["json", "pdiparams"])
 def test_an_export_that_finds_no_room_is_said_to(layer, monkeypatch, part, share):
