@@ -265,6 +265,11 @@ class GridMask(Measured):
 
 
 def _turned(width: int, height: int, angle: float) -> tuple[np.ndarray, np.ndarray]:
-    """How far right of the center and below it each pixel [height, width] is, as shares, in axes turned by an angle."""
+    """How far right of the center and below it each pixel is, as shares, in axes turned by an angle.
+
+    Together they have the shape [height, width].
+    """
     column, row = (np.arange(width) + 0.5)[None, :] / width - 0.5, (np.arange(height) + 0.5)[:, None] / height - 0.5
+    if not angle:
+        return column, row
     return column * np.cos(angle) - row * np.sin(angle), column * np.sin(angle) + row * np.cos(angle)
