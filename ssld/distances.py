@@ -94,7 +94,7 @@ def dkd(
     most that of all classes, and nothing where K is 1. Labels may name a class of the bucket, so they need all classes.
     """
     _check_shapes(student, teacher)
-    column = labels.unsqueeze(1) if target == "labels" and labels is not None else _most_probable(teacher, bucket)
+    column = _right_class(target, labels, teacher, bucket)
     s, t = (_against_others(logits / temperature, column) for logits in (student, teacher.detach()))
     odds_s, odds_t = (relative.take_along_axis(column, axis=1).squeeze(1) for relative in (s, t))
     of_target = sum(
@@ -150,7 +150,7 @@ def wsl(
     another temperature the labels do not tell the probabilities that the weight is made of, so it needs all classes.
     """
     log_s, log_t = _log_probabilities(student, teacher)
-    column = labels.unsqueeze(1) if target == "labels" and labels is not None else _most_probable(teacher, bucket)
+    column = _right_class(target, labels, teacher, bucket)
     hard_s, hard_t = (-log.detach().take_along_axis(column, axis=1).squeeze(1) for log in (log_s, log_t))
     weight = -(-hard_s / hard_t.clip(min=1e-7)).expm1()
     warm_s, warm_t = _log_probabilities(student / temperature, teacher / temperature)
@@ -171,9 +171,13 @@ def _unlikeness(first: Tensor, second: Tensor, axis: int) -> Tensor:
     return (most - (first * second).sum(axis=axis)) / (most + 1e-8)
 
 
-def _most_probable(logits: Tensor, bucket: bool) -> Tensor:
-    """The column of each row's most probable class, int64 [B, 1]; a bucket is no class, whatever it holds."""
-    return (logits[:, :-1] if bucket else logits).argmax(axis=1, keepdim=True)
+def _right_class(says: Says, labels: Tensor | None, teacher: Tensor, bucket: bool) -> Tensor:
+    """The column of each row's right class, int64 [B, 1]; a bucket is no class, whatever it holds."""
+    if says == "teacher":
+        return (teacher[:, :-1] if bucket else teacher).argmax(axis=1, keepdim=True)
+    if labels is None:
+        raise DataError("expected the true classes for target: labels, got none; let the teacher say the class")
+    return labels.unsqueeze(1)
 
 
 def _against_others(logits: Tensor, column: Tensor) -> Tensor:

@@ -126,6 +126,8 @@ def test_labels_may_say_the_class(loss, reckoned, pair):
     labels = np.arange(len(s)) % s.shape[1]
     found = value(loss, s, t, labels=paddle.to_tensor(labels), target="labels", temperature=3.0)
     np.testing.assert_allclose(found, reckoned(s, t, labels, 3.0), rtol=1e-9)
+    with pytest.raises(DataError, match="true classes for target: labels, got none"):
+        loss(paddle.to_tensor(s), paddle.to_tensor(t), target="labels")
     agreeing = {"labels": paddle.to_tensor(best(s, t)), "target": "labels"}
     np.testing.assert_array_equal(value(loss, s, t, **agreeing), value(loss, s, t))
 
@@ -139,7 +141,7 @@ def test_dist_is_one_minus_the_correlation_of_numpy():
 
 
 def test_dkd_is_kl_where_beta_is_the_teachers_mass_of_all_others(pair):
-    """Zhao et al. 2022, equation 5: the weight that hides what is said of the other classes."""
+    """Zhao et al. 2022, section 3.1: the weight that hides what is said of the other classes."""
     for s, t in zip(*pair, strict=True):
         s, t = s[None], t[None]
         for temperature in (1.0, 3.0):
