@@ -63,7 +63,11 @@ def test_a_stranger_declares_by_a_value_or_by_a_function_of_its_options(monkeypa
     assert needs_of(Term(name="js")) == Needs(temperature=3)
 
 
-@pytest.mark.parametrize("declared", [lambda options: options["nothing"], "dense", lambda options: None], ids=str)
+@pytest.mark.parametrize(
+    "declared",
+    [lambda options: options["nothing"], "dense", lambda options: None],
+    ids=["an option that is not there", "text", "nothing"],
+)
 def test_a_stranger_that_cannot_say_what_it_needs_is_named(declared, monkeypatch):
     def mine(student, teacher): ...
 
