@@ -9,6 +9,7 @@ turns in one run. Needs Linux and the extra `demo`.
 
 from itertools import chain
 
+import augmenting
 import click
 import decoding
 import epoch
@@ -24,7 +25,7 @@ from measuring import conditions, show, table
 
 BENCHMARKS = {
     module.__name__: module.rows
-    for module in (step, ranks, epoch, stored, labelling, evaluation, decoding, startup, opening, memory)
+    for module in (step, ranks, epoch, stored, labelling, evaluation, decoding, augmenting, startup, opening, memory)
 }
 
 
