@@ -402,17 +402,19 @@ def pack(source: str, out: Path, unlabeled: bool, shard_size: int, max_damaged: 
     give(f"{report.written} images in {report.shards} shards in {out}, {len(report.damaged)} skipped")
 
 
-@main.command("import", short_help="Bring weights of PaddleClas over, without running them.")
+@main.command("import", short_help="Bring weights of PaddleClas or torch over, without running them.")
 @click.argument("file", type=PATH)
 @click.option("--network", metavar="NAME", help="The network that the weights have to fit; looked for when left out.")
-@click.option("--out", type=PATH, help="The .safetensors file; beside the other when left out.")
+@click.option("--out", type=PATH, help="The .safetensors file; beside a .pdparams file when left out.")
 def import_(file: Path, network: str | None, out: Path | None) -> None:
     """\b
-    Example:
+    Examples:
       ssld import ResNet50_vd_ssld_pretrained.pdparams
+      ssld import resnet50.safetensors --out ResNet50.safetensors
 
     Write the weights of a .pdparams file as a .safetensors file, with PaddleClas's names of today. A .pdparams file is
-    a pickle, a program; it is read without running it. A file that is there already is not replaced.
+    a pickle, a program; it is read without running it. Those of a .safetensors file may be named as torch and
+    torchvision do. A file that is there already is not replaced.
     """
     from ssld.importing.conversion import convert
 

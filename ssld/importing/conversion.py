@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from ssld import plugins
 from ssld.checkpoint import fit_weights, write_weights
 from ssld.contracts import Arrays
-from ssld.errors import RecipeError, SsldError
+from ssld.errors import CheckpointError, RecipeError, SsldError
 from ssld.files import ABANDONED, sweep_old
-from ssld.importing import paddleclas
+from ssld.importing import paddleclas, torchlike
+from ssld.importing.reading import Read
 from ssld.signals import Stop, interrupting
-from ssld.train.shapes import outline
+from ssld.train.shapes import Outline, outline
 
 SUFFIX = ".safetensors"
 _BEFORE = "before anything was written"
@@ -29,57 +30,104 @@ class Imported:
     networks: dict[str, int]
 
 
+@dataclass(frozen=True)
+class _Fit:
+    """Weights as a network has them, or as they were read where none has; networks: see Imported."""
+
+    weights: Arrays
+    networks: dict[str, int]
+
+
 @interrupting()
 def convert(file: Path, out: Path | None, network: str | None, note: Callable[[str], None]) -> Imported:
-    """Write a .pdparams file as .safetensors, beside it where `out` is None; another file there is never replaced.
+    """Write weights of PaddleClas, or of torch in a .safetensors file, as a .safetensors file with our names.
 
-    network: the one that has to have just these tensors, with whatever number of classes; None to look for it.
+    out: beside a .pdparams file where it is None; another file there is never replaced.
+    network: the one that has to have just these tensors, with whatever number of classes; None to look for it. The
+    names of torch mean nothing without a network.
     note: is told what could not be compared, or what comes nearest.
     Raises CheckpointError for a file that cannot be read or does not fit, OutputError where another file is in the way,
     Interrupted after a signal; one that comes when the file was read waits for the end of a network or of the writing.
     """
-    if out is not None and out.suffix != SUFFIX:
-        raise RecipeError(f"--out: expected a name that ends in {SUFFIX}, got {out}")
-    weights, stop = paddleclas.read(file), Stop()
+    foreign = file.suffix == SUFFIX
+    if (out is None and foreign) or (out is not None and out.suffix != SUFFIX):
+        raise RecipeError(
+            f"--out: expected a name that ends in {SUFFIX}, got {out or 'none beside a file of that kind'}"
+        )
+    found, stop = torchlike.read(file) if foreign else Read((paddleclas.read(file),)), Stop()
     target = out or file.with_suffix(SUFFIX)
     with stop.listening():
-        networks = _checked(weights, network, file) if network else _fitting(weights, note, stop)
+        fit = _checked(found, network, file) if network else _fitting(found, file, note, stop)
         stop.check(_BEFORE)
         sweep_old(target.parent, ABANDONED, f".tmp-{glob.escape(target.name)}-*")
-        write_weights(target, weights)
+        write_weights(target, fit.weights)
     stop.check(f"after {target} was written")
-    return Imported(target, len(weights), networks)
+    return Imported(target, len(fit.weights), fit.networks)
 
 
-def _checked(weights: Arrays, network: str, file: Path) -> dict[str, int]:
-    """The network with its number of classes. Raises CheckpointError, with both sides, unless all tensors match."""
-    made = outline(network)
-    made = outline(network, made.classes(weights))
+def _checked(found: Read, network: str, file: Path) -> _Fit:
+    """The weights of the network. Raises CheckpointError, with both sides, unless all tensors match."""
+    made, weights = _compared(found, network)
     fit_weights(weights, made.shapes, f"{file} for {network}")
-    return {network: made.count}
+    return _decided(found, weights, {network: made.count}, file)
 
 
-def _fitting(weights: Arrays, note: Callable[[str], None], stop: Stop) -> dict[str, int]:
-    """All installed networks that have just these tensors."""
-    shapes = {name: array.shape for name, array in weights.items()}
+def _decided(found: Read, weights: Arrays, networks: dict[str, int], file: Path) -> _Fit:
+    """What fits. Raises CheckpointError where a matrix would fit the other way as well."""
+    if undecided := found.undecided(weights):
+        shown = f"{undecided[0]} {list(weights[undecided[0]].shape)}"
+        raise CheckpointError(
+            f"{file} for {', '.join(networks)}: expected a matrix whose shape says how it lies, got {shown}, which may "
+            f"be [in, out], as here, or [out, in], as in torch, and no other name tells whose file this is; convert it "
+            f"where it was made"
+        )
+    return _Fit(weights, networks)
+
+
+def _compared(found: Read, network: str) -> tuple[Outline, Arrays]:
+    """The network with as many classes as the weights are for, and the weights as they suit it."""
+    made = outline(network)
+    weights = found.suited(made.shapes)
+    # most networks need not be built a second time
+    if 2 * len(made.shapes.keys() & weights.keys()) > len(weights):
+        made = outline(network, made.classes(weights))
+    return made, weights
+
+
+def _fitting(found: Read, file: Path, note: Callable[[str], None], stop: Stop) -> _Fit:
+    """The weights, and all installed networks that have just these tensors."""
     fitting, shared = {}, {}
-    for network in sorted({found.name for found in plugins.find("students")}):
+    for network in sorted({plugin.name for plugin in plugins.find("students")}):
         stop.check(_BEFORE)
         try:
-            made = outline(network)
-            # the others need not be built a second time
-            if 2 * len(made.shapes.keys() & weights.keys()) > len(weights):
-                made = outline(network, made.classes(weights))
+            made, weights = _compared(found, network)
         except SsldError as error:
             note(f"not compared with {network}: {error}")
             continue
+        shapes = {name: array.shape for name, array in weights.items()}
         if made.shapes == shapes:
-            fitting[network] = made.count
+            fitting[network] = _decided(found, weights, {network: made.count}, file)
         shared[network] = len(made.shapes.items() & shapes.items())
-    if not fitting and shared:
-        nearest = max(shared, key=shared.__getitem__)
-        note(
-            f"no installed network has just these {len(weights)} tensors; the nearest, {nearest}, has "
-            f"{shared[nearest]} of them: --network {nearest} shows the difference"
+    if not fitting:
+        return _unfitted(found, file, shared, note)
+    first, *others = fitting.values()
+    if any(other.weights.keys() != first.weights.keys() for other in others):
+        raise CheckpointError(
+            f"{file}: expected the weights of one network, got some that fit {', '.join(fitting)}, each under other "
+            f"names; name one with --network"
         )
-    return fitting
+    return _Fit(first.weights, {network: fit.networks[network] for network, fit in fitting.items()})
+
+
+def _unfitted(found: Read, file: Path, shared: Mapping[str, int], note: Callable[[str], None]) -> _Fit:
+    """The weights of a network that is not here. Raises CheckpointError where only a network tells what they are."""
+    weights = found.readings[0]
+    remark = f"no installed network has just these {len(weights)} tensors"
+    if shared:
+        nearest = max(shared, key=shared.__getitem__)
+        remark += f"; the nearest, {nearest}, has {shared[nearest]} of them: --network {nearest} shows the difference"
+    if found.layout != "fixed":
+        raise CheckpointError(f"{file}: {remark}")
+    if shared:
+        note(remark)
+    return _Fit(weights, {})

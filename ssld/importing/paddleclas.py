@@ -18,19 +18,15 @@ import numpy as np
 
 from ssld.checkpoint import decode
 from ssld.contracts import Arrays
-from ssld.ending import leave
-from ssld.errors import CheckpointError, StallError
+from ssld.errors import CheckpointError
 from ssld.importing.pickles import REFUSED
+from ssld.importing.reading import check_finite, in_time
 from ssld.processes import start
-from ssld.terminal import tell
-from ssld.watch import watch
 
 MEMORY = (64 * 2**20, 4)
 """What a file may take to be read: bytes, and times its size. In protocol 2 a tensor lies in memory as text as well."""
 SECONDS = (10, 10_000_000)
 """Of a processor: how many, and one more for so many bytes."""
-WAIT = 600.0
-"""Seconds of the clock, since a disk that does not answer takes no processor."""
 
 _BY_PARAMETER = re.compile(r".*(\.[wb]_\d+|_weights|_offset)")
 _NORM = r"(weight|bias|_mean|_variance)"
@@ -51,12 +47,7 @@ def read(path: Path) -> dict[str, np.ndarray]:
     No code of the file runs. Raises CheckpointError for what is no such file, for one that names its tensors by
     parameter, and for numbers that are not finite. Ends the process, as after a StallError, where it takes too long.
     """
-    late = StallError(
-        f"expected {path} to be read within {WAIT:g} s, got only a part or nothing; see why its disk does not answer, "
-        f"or copy it to another one and import it from there"
-    )
-    # the words of the watch name an option that only runs have
-    with watch.on(WAIT, lambda _: leave(late, lambda: tell(f"Error: {late}"))), watch.awaiting(lambda: str(path)):
+    with in_time(path):
         data = _tensors(path)
     arrays = {name[1:]: array.T if name[0] == "F" else array for name, array in decode(data, path).items()}
     by_parameter = next(filter(_BY_PARAMETER.fullmatch, arrays), None)
@@ -67,12 +58,7 @@ def read(path: Path) -> dict[str, np.ndarray]:
             f"load it where it was made, and save the state_dict() of the network"
         )
     weights = {name: _numbers(array) for name, array in arrays.items()}
-    for name, array in weights.items():
-        if not np.isfinite(array).all():
-            raise CheckpointError(
-                f"{path}: expected finite numbers, got {np.count_nonzero(~np.isfinite(array)):,} others among the "
-                f"{array.size:,} of {name}; it is damaged, or its training failed"
-            )
+    check_finite(weights, path)
     return of_today(weights)
 
 

@@ -24,17 +24,20 @@ from typing import Any
 import numpy as np
 import paddle
 import pytest
+import safetensors.numpy
 from click.testing import CliRunner, Result
 
-from ssld import checkpoint, files
+from ssld import checkpoint, files, plugins
 from ssld.cli import main
 from ssld.errors import CheckpointError, OutputError
-from ssld.importing import conversion, paddleclas
+from ssld.importing import conversion, paddleclas, torchlike
 from ssld.signals import UNTAKEN
 from ssld.train import networks
+from ssld.train.shapes import Outline, outline
 
 KEYS = Path(__file__).parents[1] / "students" / "paddleclas_keys.json.gz"
 SMALL = "MobileNetV3_small_x0_35"
+FOUND = plugins.find("students")
 
 
 @pytest.fixture
@@ -310,6 +313,155 @@ def test_the_advice_to_a_recipe_that_names_a_pickle_is_a_command_that_works(call
     assert checkpoint.read_weights(path.with_suffix(".safetensors")).keys() == small.keys()
 
 
+# Weights of torch -----------------------------------------------------------------------------------------------------
+
+
+def torch_norm(layer: str) -> list[str]:
+    return [f"{layer}.{leaf}" for leaf in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")]
+
+
+def torchvision_names(depths: tuple[int, ...]) -> list[str]:
+    """The state_dict of a residual network of bottlenecks, in the order in which torchvision makes its layers."""
+    names = ["conv1.weight", *torch_norm("bn1")]
+    for stage, depth in enumerate(depths, 1):
+        for block in (f"layer{stage}.{index}" for index in range(depth)):
+            for number in (1, 2, 3):
+                names += [f"{block}.conv{number}.weight", *torch_norm(f"{block}.bn{number}")]
+            if block.endswith(".0"):
+                names += [f"{block}.downsample.0.weight", *torch_norm(f"{block}.downsample.1")]
+    return [*names, "fc.weight", "fc.bias"]
+
+
+def as_torch(weights: Mapping[str, np.ndarray], prefix: str = "") -> dict[str, np.ndarray]:
+    """Weights of ours, with torch's words and matrices."""
+    found = {}
+    for name, array in weights.items():
+        renamed = name.replace("._mean", ".running_mean").replace("._variance", ".running_var")
+        found[prefix + renamed] = np.ascontiguousarray(array.T if array.ndim == 2 else array)
+        if renamed.endswith("running_var"):
+            found[prefix + renamed.replace("running_var", "num_batches_tracked")] = np.array(7)
+    return found
+
+
+def numbered(network: str, classes: int) -> dict[str, np.ndarray]:
+    """The tensors of a network, the i-th filled with i."""
+    shapes = outline(network, classes).shapes
+    return {name: np.full(shape, i, np.float32) for i, (name, shape) in enumerate(shapes.items())}
+
+
+@pytest.mark.parametrize(("network", "depths"), [("ResNet50", (3, 4, 6, 3)), ("ResNeXt101_32x8d_wsl", (3, 4, 23, 3))])
+@pytest.mark.parametrize("prefix", ["", "module.model."])
+def test_names_of_torchvision_are_those_of_the_same_layers_here(
+    network: str, depths: tuple[int, ...], prefix: str
+) -> None:
+    """Both make the same layers in the same order, so the i-th name there is the i-th here."""
+    shapes = outline(network, 7).shapes
+    counted = [name for name in torchvision_names(depths) if not name.endswith("num_batches_tracked")]
+    assert len(counted) == len(shapes)
+    theirs = {}
+    for i, (name, shape) in enumerate(zip(counted, shapes.values(), strict=True)):
+        # no memory is taken for the numbers
+        theirs[prefix + name] = np.broadcast_to(np.int16(i), shape[::-1] if name == "fc.weight" else shape)
+    theirs[f"{prefix}bn1.num_batches_tracked"] = np.array(7)
+    mixed = dict(random.Random(0).sample(sorted(theirs.items()), len(theirs)))
+    ours = torchlike.of_torch(mixed).suited(outline(network).shapes)
+    assert {name: (int(array.flat[0]), array.shape) for name, array in ours.items()} == {
+        name: (i, shape) for i, (name, shape) in enumerate(shapes.items())
+    }
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("classes", [3, 1280], ids=["wide", "square"])
+def test_weights_of_torch_become_ours(call, prefix: str, classes: int) -> None:
+    wanted = numbered(SMALL, classes)
+    wanted["fc.weight"] = np.arange(1280 * classes, dtype=np.float32).reshape(1280, classes)
+    Path("net.safetensors").write_bytes(safetensors.numpy.save(as_torch(wanted, prefix)))
+    result = call("net.safetensors", "--network", SMALL, "--out", "ours.safetensors")
+    assert result.exit_code == 0, result.output
+    assert re.split(" {2,}", result.stdout.splitlines()[1])[1:] == [str(len(wanted)), f"{SMALL} ({classes} classes)"]
+    same(checkpoint.read_weights(Path("ours.safetensors")), wanted)
+
+
+def test_weights_of_ours_stay_as_they_are_though_square(call) -> None:
+    wanted = numbered(SMALL, 1280)
+    wanted["fc.weight"] = np.arange(1280 * 1280, dtype=np.float32).reshape(1280, 1280)
+    Path("net.safetensors").write_bytes(safetensors.numpy.save(wanted))
+    assert call("net.safetensors", "--network", SMALL, "--out", "ours.safetensors").exit_code == 0
+    same(checkpoint.read_weights(Path("ours.safetensors")), wanted)
+
+
+def test_a_square_matrix_of_nobody_is_refused_and_another_is_turned_to_fit(
+    call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def plain(name: str, classes: int = 1000) -> Outline:
+        return Outline({"fc.weight": (4, classes), "fc.bias": (classes,)}, "fc", classes)
+
+    monkeypatch.setattr(conversion, "outline", plain)
+    for classes in (3, 4):
+        weights = {"fc.weight": np.arange(4.0 * classes).reshape(classes, 4), "fc.bias": np.zeros(classes)}
+        Path(f"{classes}.safetensors").write_bytes(safetensors.numpy.save(weights))
+    assert call("3.safetensors", "--network", "plain", "--out", "ours.safetensors").exit_code == 0
+    assert checkpoint.read_weights(Path("ours.safetensors"))["fc.weight"].tolist() == [
+        [0, 4, 8],
+        [1, 5, 9],
+        [2, 6, 10],
+        [3, 7, 11],
+    ]
+    refused(
+        call("4.safetensors", "--network", "plain", "--out", "4.ours.safetensors"),
+        "4.safetensors for plain: expected a matrix whose shape says how it lies, got fc.weight [4, 4]",
+        "[in, out]",
+        "[out, in]",
+    )
+    assert not Path("4.ours.safetensors").exists()
+
+
+def test_weights_of_torch_that_do_not_fit_show_both_sides(call) -> None:
+    found = as_torch(numbered(SMALL, 3), "model.")
+    found["model.final.weight"] = found.pop("model.last_conv.weight")
+    found["model.fc.weight"] = np.zeros((3, 1281), np.float32)
+    Path("net.safetensors").write_bytes(safetensors.numpy.save(found))
+    refused(
+        call("net.safetensors", "--network", SMALL, "--out", "ours.safetensors"),
+        f"net.safetensors for {SMALL}: expected the 214 tensors of the network",
+        "  - last_conv.weight [1280, 200, 1, 1]",
+        "  + final.weight [1280, 200, 1, 1]",
+        "  ~ fc.weight [1280, 3] in the network, [3, 1281] in the file",
+    )
+    refused(call("net.safetensors", "--network", SMALL), "--out: expected a name", code=2)
+    assert [path.name for path in Path().iterdir()] == ["net.safetensors"]
+
+
+def test_weights_of_torch_for_no_network_here_are_refused_with_the_nearest_one_named(
+    call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        conversion.plugins, "find", lambda kind: [found for found in FOUND if found.name in (SMALL, "ResNet18")]
+    )
+    found = as_torch(numbered(SMALL, 3), "module.")
+    Path("net.safetensors").write_bytes(safetensors.numpy.save({**found, "module.more": np.zeros(2)}))
+    words = ("net.safetensors", "--out", "ours.safetensors")
+    refused(call(*words), f"the nearest, {SMALL}, has 214 of them: --network {SMALL} shows the difference")
+    Path("net.safetensors").write_bytes(safetensors.numpy.save(found))
+    assert call(*words).stdout.splitlines()[1].endswith(f"{SMALL} (3 classes)")
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        ({"bn.num_batches_tracked": np.array(3)}, "expected 1 to 20,000 tensors, got 0"),
+        ({"a.running_mean": np.zeros(2), "a._mean": np.ones(2)}, "got both running_mean and _mean"),
+        ({"\x1b[31ma": np.zeros(2)}, r"expected names of tensors, got '\\x1b[31ma'"),
+        ({"a": np.array([np.inf, 1])}, "got 1 others among the 2 of a"),
+    ],
+)
+def test_a_safetensors_file_that_is_no_weights_of_a_network_is_refused(
+    call, content: dict[str, np.ndarray], part: str
+) -> None:
+    Path("net.safetensors").write_bytes(safetensors.numpy.save(content))
+    refused(call("net.safetensors", "--network", SMALL, "--out", "ours.safetensors"), "net.safetensors: ", part)
+
+
 # Files that are refused ----------------------------------------------------------------------------------------------
 
 GOOD = pickle.dumps({"a": np.arange(6, dtype=np.float32).reshape(2, 3)}, 4)
@@ -558,7 +710,7 @@ def test_what_a_killed_import_left_of_this_file_is_removed_later(call, small) ->
 READ = """
 import os, signal, sys
 from pathlib import Path
-from ssld.importing import paddleclas
+from ssld.importing import paddleclas, reading
 real = paddleclas.start
 def start(*words, **options):
     process = real(*words, **options)
@@ -566,7 +718,7 @@ def start(*words, **options):
     if sys.argv[1] == "stopped":
         process.send_signal(signal.SIGSTOP)
     return process
-paddleclas.start, paddleclas.SECONDS, paddleclas.WAIT = start, (600, 10**7), float(sys.argv[2])
+paddleclas.start, paddleclas.SECONDS, reading.WAIT = start, (600, 10**7), float(sys.argv[2])
 paddleclas.read(Path("net.pdparams"))
 """
 
