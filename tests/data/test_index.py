@@ -216,7 +216,9 @@ def test_joined_tars_are_refused(tmp_path: Path) -> None:
         index_shard(path)
 
 
-@pytest.mark.parametrize(("data", "message"), [(b"<html>" * 300, "no tar"), (gzip.compress(b"x" * 999, mtime=0), "gunzip")])
+@pytest.mark.parametrize(
+    ("data", "message"), [(b"<html>" * 300, "no tar"), (gzip.compress(b"x" * 999, mtime=0), "gunzip")]
+)
 def test_what_is_no_tar_is_refused(tmp_path: Path, data: bytes, message: str) -> None:
     path = tmp_path / "s.tar"
     path.write_bytes(data)
