@@ -80,7 +80,8 @@ class Commands(Command, click.Group):
         except click.ClickException as error:
             said = io.StringIO()
             error.show(said)
-            tell(said.getvalue(), end="")
+            # click sets lists in with tabs
+            tell(said.getvalue().expandtabs(4), end="")
             code = error.exit_code
         except click.Abort:
             tell("Aborted!")
@@ -406,11 +407,13 @@ def pack(source: str, out: Path, unlabeled: bool, shard_size: int, max_damaged: 
 @click.argument("file", type=PATH)
 @click.option("--network", metavar="NAME", help="The network that the weights have to fit; looked for when left out.")
 @click.option("--out", type=PATH, help="The .safetensors file; beside a .pdparams file when left out.")
-def import_(file: Path, network: str | None, out: Path | None) -> None:
+@click.option("--head-mismatch", is_flag=True, help="Leave the classifier out, for a start with other classes.")
+def import_(file: Path, network: str | None, out: Path | None, head_mismatch: bool) -> None:
     """\b
     Examples:
       ssld import ResNet50_vd_ssld_pretrained.pdparams
       ssld import resnet50.safetensors --out ResNet50.safetensors
+      ssld import ResNet50_vd_pretrained.pdparams --head-mismatch --out start.safetensors
 
     Write the weights of a .pdparams file as a .safetensors file, with PaddleClas's names of today. A .pdparams file is
     a pickle, a program; it is read without running it. Those of a .safetensors file may be named as torch and
@@ -418,8 +421,11 @@ def import_(file: Path, network: str | None, out: Path | None) -> None:
     """
     from ssld.importing.conversion import convert
 
-    done = convert(file, out, network, tell)
-    fits = ", ".join(f"{name} ({classes} classes)" for name, classes in done.networks.items())
+    done = convert(file, out, network, tell, head_mismatch=head_mismatch)
+    fits = ", ".join(
+        f"{name} (without its classifier)" if head_mismatch else f"{name} ({classes} classes)"
+        for name, classes in done.networks.items()
+    )
     show(("weights", "tensors", "network"), [(done.path, done.tensors, fits or "none")])
 
 
