@@ -128,6 +128,28 @@ def test_a_recipe_of_any_resolution_can_leave_the_lengths_out(operator: str, res
     assert abs(masks(operator, 30, resolution).mean() - masks(operator, 30, 64).mean()) < 0.06
 
 
+@pytest.mark.parametrize(
+    "operator",
+    [
+        {"Cutout": {"length": 8}},
+        {"HideAndSeek": {"grid_sizes": [8], "hide_prob": 1}},
+        {"GridMask": {"d1": 16, "d2": 16}},
+    ],
+)
+def test_lengths_are_pixels_at_the_resolution_of_the_recipe(operator: object) -> None:
+    """And as many times more at another; `base` is another that they were written for."""
+    (name, arguments) = next(iter(operator.items()))
+    recipe, other = piped(operator, 32), piped({name: {**arguments, "base": 32}}, 64)
+    assert recipe.at(64).steps == other.steps
+    if name == "Cutout":
+        assert hidden(recipe.render(WHITE.resize((32, 32)), ((32768, 32768),))).sum() == 8 * 8
+        assert hidden(recipe.at(64).render(WHITE.resize((64, 64)), ((32768, 32768),))).sum() == 16 * 16
+    if name == "HideAndSeek":
+        assert recipe.draw(9, 9, 0)[0] == (8, *range(16))
+    if name == "GridMask":
+        assert recipe.draw(9, 9, 0)[0][0] == 32768
+
+
 # --- RandomErasing
 
 
@@ -219,6 +241,7 @@ def test_noise_has_the_same_grains_at_every_size() -> None:
     drawn = ((0, 0, 32768, 32768, 5),)
     high = large.render(WHITE, drawn)[:112, :112].astype(int)
     low = large.at(112).render(WHITE.resize((112, 112)), drawn)[:56, :56].astype(int)
+    assert np.abs(np.corrcoef(high[:, :-1].ravel(), high[:, 1:].ravel())[0, 1]) < 0.05
     blocks = high.reshape(56, 2, 56, 2, 3).transpose(0, 2, 1, 3, 4).reshape(56, 56, 4, 3)
     assert (blocks == low[:, :, None]).all(-1).any(-1).all()
 
@@ -270,6 +293,12 @@ def test_hide_and_seek_hides_squares_all_over_the_view() -> None:
         assert set(np.unique(squares)) == {0, 1}
         assert within(squares.mean(), 0.5, squares.size)
         assert (np.abs(squares.mean(0) - 0.5) < 5 * np.sqrt(0.25 / 60)).all()
+
+
+def test_the_squares_of_a_grid_are_counted_row_by_row() -> None:
+    expected = np.zeros((224, 224), bool)
+    expected[:56, 56:112] = expected[56:112, 112:168] = True
+    np.testing.assert_array_equal(hidden(piped("HideAndSeek").render(WHITE, ((56, 1, 6),))), expected)
 
 
 def test_a_view_has_any_of_the_grids() -> None:
