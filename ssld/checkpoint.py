@@ -24,6 +24,7 @@ import safetensors.numpy
 from safetensors import SafetensorError
 
 from ssld import files
+from ssld.contracts import Headless
 from ssld.errors import CheckpointError, OutputError, UnreadableError
 
 FORMAT = 1
@@ -32,6 +33,8 @@ HEADER_LIMIT = 8 * 2**20
 """Bytes; a header of a hundred thousand names costs minutes to parse, and no network here has a tenth of that."""
 SHOWN = 5
 _STATE = "state.json"
+_NO_HEAD = {"ssld.head": "left out"}
+"""What the metadata of a file say where its classifier was left out on purpose."""
 _STEP = re.compile(r"(?:\.new-)?step-(\d{8,})")
 
 
@@ -121,19 +124,22 @@ def point(root: Path, name: str, step: int) -> None:
 def read_weights(path: Path) -> dict[str, np.ndarray]:
     """Weights by name from a .safetensors file, a checkpoint (its student), or a root of checkpoints (the newest).
 
+    Headless where the file says that its classifier was left out.
     Raises CheckpointError; a damaged newest checkpoint is not passed over, as an older one gives other weights.
     """
     if path.suffix == ".pdparams":
         raise CheckpointError(_pickled(path))
     if not path.is_dir():
-        return decode(_content(path), path)
+        data = _content(path)
+        weights = decode(data, path)
+        return Headless(weights) if _metadata(data).items() >= _NO_HEAD.items() else weights
     found = steps(path)
     return load(directory(path, found[-1]) if found else path).tensors(STUDENT)
 
 
 def write_weights(path: Path, weights: Mapping[str, np.ndarray]) -> None:
     """Write weights as a .safetensors file. Raises OutputError where anything but this very file is there."""
-    data = _encode(weights, str(path))
+    data = _encode(weights, str(path), _NO_HEAD if isinstance(weights, Headless) else None)
     if files.commit_exclusive(path, data):
         return
     there = "another file"
@@ -209,11 +215,18 @@ def _listed(sign: str, meaning: str, lines: list[str]) -> list[str]:
     return [*head, *(f"  {sign} {line}" for line in lines[:SHOWN]), *rest]
 
 
-def _encode(group: Mapping[str, np.ndarray], name: str) -> bytes:
+def _metadata(data: bytes) -> dict[str, str]:
+    """The text beside the tensors of a whole .safetensors file."""
+    length = int.from_bytes(data[:8], "little")
+    found: dict[str, str] = json.loads(data[8 : 8 + length]).get("__metadata__") or {}
+    return found
+
+
+def _encode(group: Mapping[str, np.ndarray], name: str, metadata: dict[str, str] | None = None) -> bytes:
     # safetensors writes the memory as it lies; ascontiguousarray would give a scalar a dimension
     arrays = {key: np.asarray(array, order="C") for key, array in group.items()}
     try:
-        return safetensors.numpy.save(arrays)
+        return safetensors.numpy.save(arrays, metadata)
     except SafetensorError as error:
         raise CheckpointError(
             f"expected tensors of numbers in {name}, got one that cannot be stored: {error}"

@@ -20,6 +20,10 @@ Arrays = Mapping[str, np.ndarray]
 S = TypeVar("S", bound="TrainingSettings")
 
 
+class Headless(dict[str, np.ndarray]):
+    """Weights of a network whose classifier was left out on purpose, for a start with other classes."""
+
+
 @dataclass(frozen=True)
 class TeacherSpec:
     """The input that a teacher takes, to which the engine renders every image, and the classes it answers in.

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ssld import plugins
 from ssld.checkpoint import fit_weights, write_weights
-from ssld.contracts import Arrays
+from ssld.contracts import Arrays, Headless
 from ssld.errors import CheckpointError, RecipeError, SsldError
 from ssld.files import ABANDONED, sweep_old
 from ssld.importing import paddleclas, torchlike
@@ -23,7 +23,10 @@ _BEFORE = "before anything was written"
 
 @dataclass(frozen=True)
 class Imported:
-    """What was written. networks: the installed ones that have just these tensors, and with how many classes."""
+    """What was written. networks: the installed ones that have just these tensors, and with how many classes.
+
+    Where the classifier is left out, `networks` tells of what was read, and `tensors` of what was written.
+    """
 
     path: Path
     tensors: int
@@ -32,20 +35,27 @@ class Imported:
 
 @dataclass(frozen=True)
 class _Fit:
-    """Weights as a network has them, or as they were read where none has; networks: see Imported."""
+    """Weights as a network has them, or as they were read where none has; networks: see Imported.
+
+    head: the name of the classifier in each of them.
+    """
 
     weights: Arrays
     networks: dict[str, int]
+    head: str | None = None
 
 
 @interrupting()
-def convert(file: Path, out: Path | None, network: str | None, note: Callable[[str], None]) -> Imported:
+def convert(
+    file: Path, out: Path | None, network: str | None, note: Callable[[str], None], *, head_mismatch: bool = False
+) -> Imported:
     """Write weights of PaddleClas, or of torch in a .safetensors file, as a .safetensors file with our names.
 
     out: beside a .pdparams file where it is None; another file there is never replaced.
     network: the one that has to have just these tensors, with whatever number of classes; None to look for it. The
     names of torch mean nothing without a network.
     note: is told what could not be compared, or what comes nearest.
+    head_mismatch: leave the classifier out, so that a stage with another number of classes can start from the file.
     Raises CheckpointError for a file that cannot be read or does not fit, OutputError where another file is in the way,
     Interrupted after a signal; one that comes when the file was read waits for the end of a network or of the writing.
     """
@@ -58,6 +68,7 @@ def convert(file: Path, out: Path | None, network: str | None, note: Callable[[s
     target = out or file.with_suffix(SUFFIX)
     with stop.listening():
         fit = _checked(found, network, file) if network else _fitting(found, file, note, stop)
+        fit = _headless(fit, file, note) if head_mismatch else fit
         stop.check(_BEFORE)
         sweep_old(target.parent, ABANDONED, f".tmp-{glob.escape(target.name)}-*")
         write_weights(target, fit.weights)
@@ -69,19 +80,33 @@ def _checked(found: Read, network: str, file: Path) -> _Fit:
     """The weights of the network. Raises CheckpointError, with both sides, unless all tensors match."""
     made, weights = _compared(found, network)
     fit_weights(weights, made.shapes, f"{file} for {network}")
-    return _decided(found, weights, {network: made.count}, file)
+    return _decided(found, made, weights, network, file)
 
 
-def _decided(found: Read, weights: Arrays, networks: dict[str, int], file: Path) -> _Fit:
+def _headless(fit: _Fit, file: Path, note: Callable[[str], None]) -> _Fit:
+    """The weights without those of the classifier. Raises CheckpointError where no network says which these are."""
+    if fit.head is None:
+        raise CheckpointError(
+            f"{file}: expected weights of a network here, whose classifier is to be left out, got those of none; "
+            f"name the nearest with --network to see the difference"
+        )
+    head = sorted(name for name in fit.weights if name.startswith(f"{fit.head}."))
+    shown = ", ".join(f"{name} {list(fit.weights[name].shape)}" for name in head)
+    note(f"left out, so that a stage can start from the others with classes of its own: {shown}")
+    others = {name: array for name, array in fit.weights.items() if name not in head}
+    return replace(fit, weights=Headless(others))
+
+
+def _decided(found: Read, made: Outline, weights: Arrays, network: str, file: Path) -> _Fit:
     """What fits. Raises CheckpointError where a matrix would fit the other way as well."""
     if undecided := found.undecided(weights):
         shown = f"{undecided[0]} {list(weights[undecided[0]].shape)}"
         raise CheckpointError(
-            f"{file} for {', '.join(networks)}: expected a matrix whose shape says how it lies, got {shown}, which may "
+            f"{file} for {network}: expected a matrix whose shape says how it lies, got {shown}, which may "
             f"be [in, out], as here, or [out, in], as in torch, and no other name tells whose file this is; convert it "
             f"where it was made"
         )
-    return _Fit(weights, networks)
+    return _Fit(weights, {network: made.count}, made.head)
 
 
 def _compared(found: Read, network: str) -> tuple[Outline, Arrays]:
@@ -106,7 +131,7 @@ def _fitting(found: Read, file: Path, note: Callable[[str], None], stop: Stop) -
             continue
         shapes = {name: array.shape for name, array in weights.items()}
         if made.shapes == shapes:
-            fitting[network] = _decided(found, weights, {network: made.count}, file)
+            fitting[network] = _decided(found, made, weights, network, file)
         shared[network] = len(made.shapes.items() & shapes.items())
     if not fitting:
         return _unfitted(found, file, shared, note)
@@ -116,7 +141,7 @@ def _fitting(found: Read, file: Path, note: Callable[[str], None], stop: Stop) -
             f"{file}: expected the weights of one network, got some that fit {', '.join(fitting)}, each under other "
             f"names; name one with --network"
         )
-    return _Fit(first.weights, {network: fit.networks[network] for network, fit in fitting.items()})
+    return replace(first, networks={network: fit.networks[network] for network, fit in fitting.items()})
 
 
 def _unfitted(found: Read, file: Path, shared: Mapping[str, int], note: Callable[[str], None]) -> _Fit:

@@ -12,7 +12,7 @@ from paddle.base import core
 
 from ssld import memory, plugins, threads
 from ssld.checkpoint import fit_weights
-from ssld.contracts import Arrays, Model, Task
+from ssld.contracts import Arrays, Headless, Model, Task
 from ssld.errors import PluginError, RecipeError
 from ssld.seeds import derive
 from ssld.settings import TrainingSettings
@@ -82,8 +82,18 @@ def student(task: Task[Any]) -> nn.Layer:
     if task.resume is not None:
         load(network, task.resume.weights, f"the checkpoint of {task.name} at step {task.resume.step}")
     elif task.initial is not None:
-        load(network, task.initial, start_of(task.name, task.settings))
+        load(network, _completed(task.initial, network, task), start_of(task.name, task.settings))
     return network
+
+
+def _completed(weights: Arrays, network: nn.Layer, task: Task[Any]) -> Arrays:
+    """What a task starts from: where a classifier was left out on purpose, with the new one of the network."""
+    if not isinstance(weights, Headless):
+        return weights
+    head = {name: array for name, array in arrays(network).items() if name.startswith(f"{network.head}.")}
+    shown = ", ".join(f"{name} {list(array.shape)}" for name, array in head.items())
+    task.journal.note(f"{start_of(task.name, task.settings)}, was imported without its classifier; new: {shown}")
+    return {**head, **weights}
 
 
 def start_of(stage: str, settings: TrainingSettings) -> str:

@@ -29,6 +29,7 @@ from click.testing import CliRunner, Result
 
 from ssld import checkpoint, files, plugins
 from ssld.cli import main
+from ssld.contracts import Headless
 from ssld.errors import CheckpointError, OutputError
 from ssld.importing import conversion, paddleclas, torchlike
 from ssld.signals import UNTAKEN
@@ -460,6 +461,50 @@ def test_a_safetensors_file_that_is_no_weights_of_a_network_is_refused(
 ) -> None:
     Path("net.safetensors").write_bytes(safetensors.numpy.save(content))
     refused(call("net.safetensors", "--network", SMALL, "--out", "ours.safetensors"), "net.safetensors: ", part)
+
+
+# Without the classifier ----------------------------------------------------------------------------------------------
+
+
+def test_a_stage_with_other_classes_starts_from_a_file_without_the_classifier_and_says_so(
+    call, make_task: Callable[..., Any], tmp_path: Path
+) -> None:
+    wanted = numbered(SMALL, 3)
+    Path("net.pdparams").write_bytes(pickle.dumps(wanted, 4))
+    result = call("net.pdparams", "--network", SMALL, "--head-mismatch")
+    assert result.exit_code == 0, result.output
+    assert result.stderr.endswith("with classes of its own: fc.bias [3], fc.weight [1280, 3]\n")
+    assert re.split(" {2,}", result.stdout.splitlines()[1])[1:] == ["212", f"{SMALL} (without its classifier)"]
+    start = checkpoint.read_weights(Path("net.safetensors"))
+    same(start, {name: array for name, array in wanted.items() if not name.startswith("fc.")})
+    task = make_task(settings={"from": "net.safetensors"}, initial=start)
+    new, begun = (networks.arrays(networks.student(each)) for each in (make_task(), task))
+    assert np.ptp(new["fc.weight"]) > 0
+    same(begun, {**start, "fc.weight": new["fc.weight"], "fc.bias": new["fc.bias"]})
+    assert (
+        "net.safetensors (MobileNetV3_small_x0_35), which stage starts from, was imported without its classifier"
+        in (tmp_path / "train.log").read_text()
+    )
+
+
+def test_only_a_classifier_may_be_missing_and_only_where_the_file_says_so(make_task: Callable[..., Any]) -> None:
+    whole = numbered(SMALL, 4)
+    headless = {name: array for name, array in whole.items() if not name.startswith("fc.")}
+    less = {name: array for name, array in headless.items() if name != "last_conv.weight"}
+    for initial, missing in ((headless, "- fc.weight [1280, 4]"), (Headless(less), "- last_conv.weight")):
+        with pytest.raises(CheckpointError, match=re.escape(missing)):
+            networks.student(make_task(settings={"from": "net.safetensors"}, initial=initial))
+
+
+def test_no_classifier_is_left_out_where_no_network_says_which_it_is(call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conversion.plugins, "find", lambda kind: [found for found in FOUND if found.name == SMALL])
+    Path("net.pdparams").write_bytes(pickle.dumps({**numbered(SMALL, 3), "more": np.zeros(1)}, 4))
+    result = call("net.pdparams", "--head-mismatch")
+    assert (result.exit_code, result.stdout) == (65, "")
+    assert (
+        "Error: net.pdparams: expected weights of a network here, whose classifier is to be left out" in result.stderr
+    )
+    assert [path.name for path in Path().iterdir()] == ["net.pdparams"]
 
 
 # Files that are refused ----------------------------------------------------------------------------------------------
