@@ -24,7 +24,7 @@ GRAINS = 224
 
 
 def _greys(shares: Triple) -> Colour:
-    red, green, blue = (min(max(round(255 * share), 0), 255) for share in shares)
+    red, green, blue = (round(min(max(255 * share, 0), 255)) for share in shares)
     return red, green, blue
 
 
@@ -70,7 +70,7 @@ class RandomErasing(Erasing):
     EPSILON: Annotated[Chance, BeforeValidator(quotient)] = 0.5
     sl: Annotated[Share, BeforeValidator(quotient)] = 0.02
     sh: Annotated[Share, BeforeValidator(quotient)] = 0.4
-    r1: Annotated[Share, BeforeValidator(quotient)] = 0.3
+    r1: Annotated[float, Field(ge=0.01, le=1), BeforeValidator(quotient)] = 0.3
     mean: Triple = (0.0, 0.0, 0.0)
     attempt: Annotated[int, Field(ge=1, le=1000)] = 100
     use_log_aspect: bool = False
@@ -84,10 +84,10 @@ class RandomErasing(Erasing):
         return self
 
     def before(self, mean: Triple, std: Triple) -> Self:
-        zero, unit = np.array(mean), np.array(std)
+        red, green, blue = (zero + unit * wanted for zero, unit, wanted in zip(mean, std, self.mean, strict=True))
         return self.model_copy(
             update={
-                "fill_value": self.fill_value or _greys(tuple(zero + unit * self.mean)),
+                "fill_value": self.fill_value or _greys((red, green, blue)),
                 "spread": self.spread or _greys(std),
             }
         )
