@@ -80,8 +80,8 @@ EFFECTS: Mapping[str, Effect] = {
     "equalize": _equalize,
     "invert": lambda image, amount, canvas: ImageOps.invert(image),
 }
-"""Amounts: a share of height per width; a share of the side; degrees; factors, 1 for no change; bits that are kept; the
-grey level from which it inverts; grey levels. The last three take none."""
+"""Amounts: of a shear, pixels across for one down, or the reverse; of a translation, a share of the side; degrees;
+factors, 1 for no change; bits kept; the grey level from which it inverts; grey levels. The last three take none."""
 
 
 def _up_to(most: float) -> Scale:
