@@ -28,7 +28,7 @@ def preflight(nodes: Sequence[Node], inputs: Inputs) -> None:
         if settings.start is not None and settings.start not in settings.inputs:
             weights = inputs.initial(node)
             assert weights is not None, "the stage names a file"
-            networks.load(network, weights, networks.start_of(node.name, settings))
+            networks.load(network, networks.completed(weights, network), networks.start_of(node.name, settings))
         if settings.losses:
             with placed(plan.recipe, node, "loss"):
                 losses.weighted(settings.losses)

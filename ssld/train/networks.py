@@ -82,18 +82,20 @@ def student(task: Task[Any]) -> nn.Layer:
     if task.resume is not None:
         load(network, task.resume.weights, f"the checkpoint of {task.name} at step {task.resume.step}")
     elif task.initial is not None:
-        load(network, _completed(task.initial, network, task), start_of(task.name, task.settings))
+        start = start_of(task.name, task.settings)
+        load(network, completed(task.initial, network), start)
+        if isinstance(task.initial, Headless):
+            new = f"{network.head} for {len(model.classes)} classes"
+            task.journal.note(f"{start}, was imported without its classifier; it begins with a new one, {new}")
     return network
 
 
-def _completed(weights: Arrays, network: nn.Layer, task: Task[Any]) -> Arrays:
-    """What a task starts from: where a classifier was left out on purpose, with the new one of the network."""
+def completed(weights: Arrays, network: nn.Layer) -> Arrays:
+    """The weights to start from: with the network's own classifier where theirs was left out on purpose."""
     if not isinstance(weights, Headless):
         return weights
-    head = {name: array for name, array in arrays(network).items() if name.startswith(f"{network.head}.")}
-    shown = ", ".join(f"{name} {list(array.shape)}" for name, array in head.items())
-    task.journal.note(f"{start_of(task.name, task.settings)}, was imported without its classifier; new: {shown}")
-    return {**head, **weights}
+    own = {name: array for name, array in arrays(network).items() if name.startswith(f"{network.head}.")}
+    return {**own, **weights}
 
 
 def start_of(stage: str, settings: TrainingSettings) -> str:
