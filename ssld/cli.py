@@ -404,24 +404,28 @@ def pack(source: str, out: Path, unlabeled: bool, shard_size: int, max_damaged: 
 
 
 @main.command("import", short_help="Bring weights of PaddleClas or torch over, without running them.")
-@click.argument("file", type=PATH)
+@click.argument("file")
 @click.option("--network", metavar="NAME", help="The network that the weights have to fit; looked for when left out.")
-@click.option("--out", type=PATH, help="The .safetensors file; beside a .pdparams file when left out.")
+@click.option("--out", type=PATH, help="The .safetensors file; beside a .pdparams file, or here, when left out.")
 @click.option("--head-mismatch", is_flag=True, help="Leave the classifier out, for a start with other classes.")
-def import_(file: Path, network: str | None, out: Path | None, head_mismatch: bool) -> None:
+def import_(file: str, network: str | None, out: Path | None, head_mismatch: bool) -> None:
     """\b
     Examples:
       ssld import ResNet50_vd_ssld_pretrained.pdparams
+      ssld import ResNet50_vd_ssld
       ssld import resnet50.safetensors --out ResNet50.safetensors
       ssld import ResNet50_vd_pretrained.pdparams --head-mismatch --out start.safetensors
 
     Write the weights of a .pdparams file as a .safetensors file, with PaddleClas's names of today. A .pdparams file is
     a pickle, a program; it is read without running it. Those of a .safetensors file may be named as torch and
-    torchvision do. A file that is there already is not replaced.
+    torchvision do. FILE may be an http(s) address, or the name of weights that PaddleClas has published; what is
+    downloaded is kept in XDG_CACHE_HOME/ssld/weights. A file that is there already is not replaced.
     """
     from ssld.importing.conversion import convert
+    from ssld.importing.published import locate
 
-    done = convert(file, out, network, tell, head_mismatch=head_mismatch)
+    found = locate(file, tell)
+    done = convert(found.file, out or found.out, network or found.network, tell, head_mismatch=head_mismatch)
     fits = ", ".join(
         f"{name} (without its classifier)" if head_mismatch else f"{name} ({classes} classes)"
         for name, classes in done.networks.items()
