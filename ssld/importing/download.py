@@ -110,7 +110,12 @@ def _alone(part: Path) -> Iterator[IO[bytes]]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise BusyError(f"{part} is being downloaded by another process; wait for it") from error
-        yield file
+        try:
+            yield file
+        finally:
+            # nothing came, so there is nothing to go on with
+            if os.fstat(file.fileno()).st_size == 0:
+                part.unlink(missing_ok=True)
 
 
 def _complete(file: IO[bytes], address: str, final: Path) -> None:
@@ -130,7 +135,7 @@ def _complete(file: IO[bytes], address: str, final: Path) -> None:
                     file.truncate(0)
                 elif error.code < 500:
                     kind = MissingError if error.code in _MISSING else CheckpointError
-                    raise kind(f"cannot get {_public(address)}: {problem}") from error
+                    raise kind(f"cannot get {_public(address)}: {problem}; check the address in a browser") from error
             except (OSError, http.client.HTTPException) as error:
                 problem = shown(str(error)) or type(error).__name__
             size = os.fstat(file.fileno()).st_size

@@ -198,6 +198,7 @@ def test_what_does_not_come_is_said_with_its_address(
     assert part in str(caught.value)
     assert "secret" not in str(caught.value)
     assert "net.pdparams" not in kept(tmp_path)
+    assert all(path.stat().st_size for path in tmp_path.rglob("*.part"))
 
 
 def test_nobody_there_is_said_and_a_later_command_goes_on(server: Server, tmp_path: Path) -> None:
@@ -233,7 +234,7 @@ def test_only_a_name_that_is_not_there_is_looked_for_elsewhere(server: Server) -
     server.words = [("fail", 404)]
     path = download.fetch([server.url, server.url.replace("net", "other")], said.append)
     assert path.name == "other.pdparams"
-    assert said == [f"cannot get {server.url}: 404 Not Found; trying the other name"]
+    assert said == [f"cannot get {server.url}: 404 Not Found; check the address in a browser; trying the other name"]
 
 
 def test_of_two_processes_one_fetches(server: Server) -> None:
