@@ -350,8 +350,10 @@ def numbered(network: str, classes: int) -> dict[str, np.ndarray]:
     return {name: np.full(shape, i, np.float32) for i, (name, shape) in enumerate(shapes.items())}
 
 
-@pytest.mark.parametrize(("network", "depths"), [("ResNet50", (3, 4, 6, 3)), ("ResNeXt101_32x8d_wsl", (3, 4, 23, 3))])
-@pytest.mark.parametrize("prefix", ["", "module.model."])
+@pytest.mark.parametrize(
+    ("network", "depths", "prefix"),
+    [("ResNet50", (3, 4, 6, 3), ""), ("ResNeXt101_32x8d_wsl", (3, 4, 23, 3), "module.model.")],
+)
 def test_names_of_torchvision_are_those_of_the_same_layers_here(
     network: str, depths: tuple[int, ...], prefix: str
 ) -> None:
@@ -371,8 +373,7 @@ def test_names_of_torchvision_are_those_of_the_same_layers_here(
     }
 
 
-@pytest.mark.parametrize("prefix", ["", "module."])
-@pytest.mark.parametrize("classes", [3, 1280], ids=["wide", "square"])
+@pytest.mark.parametrize(("prefix", "classes"), [("", 3), ("module.", 1280)], ids=["wide", "square"])
 def test_weights_of_torch_become_ours(call, prefix: str, classes: int) -> None:
     wanted = numbered(SMALL, classes)
     wanted["fc.weight"] = np.arange(1280 * classes, dtype=np.float32).reshape(1280, classes)
