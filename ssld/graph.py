@@ -134,6 +134,7 @@ def resolve(recipe: Recipe, name: str, number: int, data: Datasets, earlier: Map
     except ValueError as error:
         raise RecipeError(f"{recipe.place(('stages', name))}: {error}") from error
     pipelines = {part: pipeline(recipe, part, settings.resolution) for part in ("train", "eval")}
+    expect_one_normalization(recipe, pipelines)
     basis = {
         "format": FORMAT,
         "name": name,
@@ -205,9 +206,30 @@ def pipeline(recipe: Recipe, part: str, resolution: int) -> Pipeline:
     made = Pipeline(operators, recipe.images.resolution, recipe.images.resolution).at(resolution)
     try:
         made.check()
+        if part == "eval" and (drawing := [type(step).__name__ for step in made.steps if step.draws]):
+            raise ValueError(
+                f"expected operators that draw nothing, so that each image is always the same, got "
+                f"{', '.join(drawing)}; they belong to images.train"
+            )
     except ValueError as error:
         raise RecipeError(f"{recipe.place(('images', part))}: {error}") from error
     return made
+
+
+def expect_one_normalization(recipe: Recipe, pipelines: Mapping[str, Pipeline]) -> None:
+    """Raise RecipeError where a student would learn from other numbers than it is judged by."""
+    train, evaluation = (
+        f"mean {shown(made.mean)} and std {shown(made.std)}" for made in (pipelines["train"], pipelines["eval"])
+    )
+    if train != evaluation:
+        raise RecipeError(
+            f"{recipe.place(('images', 'eval'))}: expected the normalization of images.train, {train}, got "
+            f"{evaluation}; give both the same NormalizeImage"
+        )
+
+
+def shown(values: tuple[float, ...]) -> str:
+    return f"[{', '.join(f'{value:.4g}' for value in values)}]"
 
 
 def model(plan: Plan, node: Node) -> Model:

@@ -105,6 +105,11 @@ class Operator(Frozen):
         """What is random about it, for a source of this size."""
         return ()
 
+    @property
+    def draws(self) -> bool:
+        """Whether anything is random about it."""
+        return type(self).draw is not Operator.draw
+
     def apply(self, image: Image.Image, drawn: tuple[int, ...]) -> Image.Image:
         """The image after this step."""
         return image
@@ -221,3 +226,13 @@ class NormalizeImage(Operator):
     scale: Annotated[Positive, BeforeValidator(quotient)] = 1 / 255
     mean: Triple = IMAGENET_MEAN
     std: tuple[Positive, Positive, Positive] = IMAGENET_STD
+
+    @model_validator(mode="after")
+    def _of_pixels(self) -> Self:
+        brightest = 255 * self.scale
+        if not all(0 <= value <= brightest for value in self.mean):
+            raise ValueError(
+                f"expected a mean of pixels, from 0 to {brightest:g} where scale is {self.scale:g}, got "
+                f"{list(self.mean)}; for means of pixels up to 255 write scale: 1"
+            )
+        return self

@@ -93,6 +93,8 @@ def _operator(item: object) -> Operator:
             f"expected operators on one image, got {name}: a soft label that is kept belongs to one view of one image, "
             f"and SSLD mixes none; leave it out"
         )
+    if name == "DecodeImage":
+        raise ValueError("expected operators on a decoded image, got DecodeImage; leave it out: all are decoded to RGB")
     if name not in OPERATORS:
         raise ValueError(f"expected an operator, got {cut(name)}; {near(name, OPERATORS)}")
     kind = OPERATORS[name]

@@ -304,7 +304,8 @@ def test_more_ranks_are_tried_and_judged_where_there_are_cores_for_them(place, m
     _, costs, advice = found.stdout.split("\n\n")
     assert all(re.search(r" img/s(, batch .*)?, [0-9.]+ on 2 ranks  ", row) for row in costs.splitlines()[1:-1])
     assert re.match(
-        r"--nproc 2 would take \S+ s for the steps that take \S+ s on one rank: (worth it|stay with)", advice
+        r"--nproc 2 would take [\d.:]+( s)? for the steps that take [\d.:]+( s)? on one rank: (worth it|stay with)",
+        advice,
     )
 
 

@@ -632,3 +632,31 @@ def test_a_stage_reads_its_sources_in_their_order(plan):
     assert [both.key(i) for i in range(len(both))] == [part.key(i) for part in parts for i in range(len(part))]
     assert both.labels is None
     assert data.test is None
+
+
+@pytest.mark.parametrize(
+    ("images", "said"),
+    [
+        (
+            "eval: [RandCropImage, CropImage]",
+            r"images\.eval: expected operators that draw nothing, .* got RandCropImage",
+        ),
+        (
+            "train: [RandCropImage, {NormalizeImage: {mean: [0.5, 0.5, 0.5]}}]",
+            r"images\.eval: expected the normalization of images\.train, mean \[0\.5, .* got mean \[0\.485, ",
+        ),
+        (
+            "eval: [ResizeImage, CropImage, {NormalizeImage: {mean: [123, 116, 103]}}]",
+            r"expected a mean of pixels, from 0 to 1 where scale is 0\.0039.*, got \[123\.0, .*scale: 1",
+        ),
+    ],
+)
+def test_what_would_show_a_student_other_images_than_it_is_judged_by_is_refused(tmp_path, images, said):
+    (tmp_path / "r.yaml").write_text(
+        "name: r\n"
+        'data: {labeled: "builtin:shapes?count=24&size=16", validation: "builtin:shapes?count=8&size=16&seed=1"}\n'
+        f"images:\n  resolution: 16\n  {images}\n"
+        "stages: {teach: {kind: pretrain, network: MobileNetV3_small_x0_35, data: labeled, epochs: 1}}\n"
+    )
+    with pytest.raises(RecipeError, match=said):
+        make_plan(read_recipe(tmp_path / "r.yaml"))

@@ -171,7 +171,10 @@ def test_each_view_is_asked_about_once(open_soft, acme):
         ("stages.distill.student=ResNet18_vd",),
         ("stages.distill.epochs=60", "stages.distill.batch_size=8", "stages.distill.learning_rate=0.3"),
         ("stages.distill.loss=kl",),
-        ("images.train=[RandCropImage, RandFlipImage, {NormalizeImage: {mean: [0, 0, 0]}}]",),
+        (
+            "images.train=[RandCropImage, RandFlipImage, {NormalizeImage: {mean: [0, 0, 0]}}]",
+            "images.eval=[ResizeImage, CropImage, {NormalizeImage: {mean: [0, 0, 0]}}]",
+        ),
     ],
 )
 def test_another_run_over_the_same_views_asks_nobody(open_soft, acme, overrides):
