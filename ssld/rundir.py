@@ -157,7 +157,7 @@ class RunDirectory:
         try:
             yield
         except DataError as error:
-            with suppress(DataError, ValueError):
+            with suppress(DataError, ValueError, RecursionError):
                 place = self._facts().get(STARTED_IN)
                 if place not in (None, str(Path.cwd())):
                     error.add_note(

@@ -159,7 +159,7 @@ def write_slowly() -> None:
 
     def slow(path: Path, data: bytes) -> None:
         write(path, data)
-        time.sleep(0.05)
+        time.sleep(0.2)
 
     files.disk.write = slow  # type: ignore[method-assign]
 

@@ -266,7 +266,7 @@ def test_a_second_signal_in_a_save_ends_it_at_once(tries, second, code):
     broken = tries("distill", "distill")
     signals = [
         {"number": signal.SIGINT, "phase": "distill", "nth": 4, "after": 0},
-        {"number": second, "phase": "saving", "nth": 1, "after": 0.02},
+        {"number": second, "phase": "saving", "nth": 1, "after": 0.25},
     ]
     attempt = broken.attempt(signals, change="write_slowly")
     assert attempt.code == code

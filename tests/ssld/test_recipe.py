@@ -276,9 +276,7 @@ def test_wrong_override(tmp_path: Path, override: str, message: str) -> None:
 
 def test_missing_file_names_the_near_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert lines(Path("mobilenetv3_sld.yaml"))[0].endswith(
-        "did you mean mobilenetv3_ssld or imagenet/mobilenetv3_large_ssld?"
-    )
+    assert "did you mean mobilenetv3_ssld or imagenet/" in lines(Path("mobilenetv3_sld.yaml"))[0]
 
 
 def test_a_file_wins_over_a_shipped_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
