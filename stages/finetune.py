@@ -1,7 +1,7 @@
 """Finetuning on the labeled set: with the teacher and without labels, as published, or with hard labels mixed in.
 
-Source: SSLD stage 2 in PaddleClas (docs/zh_CN/training/advanced/ssld.md §3.3): the same label-free loss, all layers,
-a hundredth of stage 1's learning rate, 30 to 60 epochs.
+Source: SSLD stage 2 in PaddleClas 2.0 (docs/zh_CN/advanced_tutorials/distillation/distillation.md §3.3): the same
+label-free loss, all layers, a hundredth of stage 1's learning rate, 30 to 60 epochs.
 """
 
 from __future__ import annotations
