@@ -55,10 +55,15 @@ def uniform_linear(width_in: int, width: int) -> Linear:
     return Linear(width_in, width, weight_attr=paddle.ParamAttr(initializer=Uniform(-bound, bound)))
 
 
+def check_count(family: str, name: str, count: int) -> None:
+    """Raises RecipeError unless there is one at least."""
+    if not (isinstance(count, int) and count >= 1):
+        raise RecipeError(f"{family}: expected {name} of at least 1, got {count!r}")
+
+
 def check_classes(family: str, num_classes: int) -> None:
     """Raises RecipeError unless there is a class."""
-    if not (isinstance(num_classes, int) and num_classes >= 1):
-        raise RecipeError(f"{family}: expected num_classes of at least 1, got {num_classes!r}")
+    check_count(family, "num_classes", num_classes)
 
 
 def check_stem_stride(family: str, stem_stride: int) -> None:

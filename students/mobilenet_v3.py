@@ -10,17 +10,17 @@ channels in), also where they are depthwise, the classifier from Xavier's unifor
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import paddle
 from paddle import nn
 from paddle.nn import functional as F
-from paddle.regularizer import L2Decay
 
-from ssld.errors import RecipeError
 from ssld.train.convolution import Conv2D
 from ssld.train.linear import Linear
-from ssld.train.normalization import BatchNorm, ConvNorm
+
+from .layers import check_classes, check_dropout, check_stem_stride, conv_norm  # noqa: TID251
 
 STEM_WIDTH = 16
 FEATURES = 1280
@@ -80,14 +80,7 @@ def make_divisible(channels: float, divisor: int = 8) -> int:
     return rounded if rounded >= 0.9 * channels else rounded + divisor
 
 
-def _conv_bn(
-    width_in: int, width: int, kernel: int, stride: int = 1, groups: int = 1, act: Activation | None = None
-) -> nn.Sequential:
-    conv = Conv2D(width_in, width, kernel, stride, padding=kernel // 2, groups=groups, bias_attr=False)
-    undecayed = paddle.ParamAttr(regularizer=L2Decay(0.0))
-    # not BatchNorm2D: the same numbers, but paddle 3.3.1 warns at every step of training
-    bn = BatchNorm(width, momentum=0.9, epsilon=1e-5, param_attr=undecayed, bias_attr=undecayed)
-    return ConvNorm(("conv", conv), ("bn", bn), *([("act", act())] if act else []))
+_conv_bn = partial(conv_norm, decayed=False)
 
 
 class SqueezeExcite(nn.Layer):
@@ -153,7 +146,9 @@ class MobileNetV3(nn.Layer):
         self, rows: tuple[Row, ...], scale: float, num_classes: int, stem_stride: int = 2, dropout: float = 0.2
     ) -> None:
         super().__init__()
-        _check(num_classes, stem_stride, dropout)
+        check_classes("MobileNetV3", num_classes)
+        check_stem_stride("MobileNetV3", stem_stride)
+        check_dropout("MobileNetV3", dropout)
         stem, last = make_divisible(STEM_WIDTH * scale), make_divisible(rows[-1].width * scale)
         squeezed = make_divisible(rows[-1].expanded * scale)
         self.conv = _conv_bn(3, stem, 3, stem_stride, act=nn.Hardswish)
@@ -170,17 +165,6 @@ class MobileNetV3(nn.Layer):
         x = self.last_second_conv(self.blocks(self.conv(x)))
         x = self.hardswish(self.last_conv(self.avg_pool(x)))
         return self.fc(self.flatten(self.dropout(x)))
-
-
-def _check(num_classes: int, stem_stride: int, dropout: float) -> None:
-    if not (isinstance(num_classes, int) and num_classes >= 1):
-        raise RecipeError(f"MobileNetV3: expected num_classes of at least 1, got {num_classes!r}")
-    if stem_stride not in (1, 2):
-        raise RecipeError(
-            f"MobileNetV3: expected stem_stride 2, or 1 for images of 32 px and less, got {stem_stride!r}"
-        )
-    if not (isinstance(dropout, int | float) and 0 <= dropout < 1):
-        raise RecipeError(f"MobileNetV3: expected dropout in [0, 1), got {dropout!r}; PaddleClas trains with 0.2")
 
 
 def _constructor(size: str, scale: float) -> Callable[..., MobileNetV3]:

@@ -12,17 +12,17 @@ variance 2 / (kernel area * channels in), and the classifier from Xavier's unifo
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import paddle
 from paddle import nn
 from paddle.nn.initializer import KaimingNormal
-from paddle.regularizer import L2Decay
 
 from ssld.errors import RecipeError
 from ssld.train.convolution import Conv2D
-from ssld.train.normalization import BatchNorm, ConvNorm
 
+from .layers import check_classes, check_count, check_dropout, check_stem_stride, conv_norm  # noqa: TID251
 from .mobilenet_v3 import SqueezeExcite, make_divisible  # noqa: TID251
 
 SIXTH = 0.1666667
@@ -48,15 +48,7 @@ BLOCKS5 = (Row(3, 128, 256), *[Row(5, 256, 256)] * 5)
 BLOCKS6 = (Row(5, 256, 512, excite=True), Row(5, 512, 512, excite=True))
 
 
-def _conv_bn(width_in: int, width: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Sequential:
-    drawn = paddle.ParamAttr(initializer=KaimingNormal())
-    conv = Conv2D(
-        width_in, width, kernel, stride, padding=kernel // 2, groups=groups, weight_attr=drawn, bias_attr=False
-    )
-    undecayed = paddle.ParamAttr(regularizer=L2Decay(0.0))
-    # not BatchNorm2D: the same numbers, but paddle 3.3.1 warns at every step of training
-    bn = BatchNorm(width, momentum=0.9, epsilon=1e-5, param_attr=undecayed, bias_attr=undecayed)
-    return ConvNorm(("conv", conv), ("bn", bn), ("act", nn.Hardswish()))
+_conv_bn = partial(conv_norm, act=nn.Hardswish, drawn=KaimingNormal(), decayed=False)
 
 
 class DepthwiseSeparable(nn.Layer):
@@ -108,7 +100,11 @@ class PPLCNet(nn.Layer):
         stride_list: Sequence[int] = STRIDES,
     ) -> None:
         super().__init__()
-        _check(num_classes, stem_stride, dropout, class_expand, stride_list)
+        check_classes("PPLCNet", num_classes)
+        check_count("PPLCNet", "class_expand", class_expand)
+        check_stem_stride("PPLCNet", stem_stride)
+        check_dropout("PPLCNet", dropout)
+        _check_strides(stride_list)
         strides = (min(stem_stride, stride_list[0]), *stride_list[1:])
         self.conv1 = _conv_bn(3, make_divisible(BLOCKS2[0].width_in * scale), 3, strides[0])
         self.blocks2 = _blocks(BLOCKS2, scale, 1)
@@ -130,17 +126,10 @@ class PPLCNet(nn.Layer):
         return self.fc(self.flatten(self.dropout(x)))
 
 
-def _check(num_classes: int, stem_stride: int, dropout: float, class_expand: int, stride_list: Sequence[int]) -> None:
-    for name, count in (("num_classes", num_classes), ("class_expand", class_expand)):
-        if not (isinstance(count, int) and count >= 1):
-            raise RecipeError(f"PPLCNet: expected {name} of at least 1, got {count!r}")
-    if stem_stride not in (1, 2):
-        raise RecipeError(f"PPLCNet: expected stem_stride 2, or 1 for images of 32 px and less, got {stem_stride!r}")
-    if not (isinstance(dropout, int | float) and 0 <= dropout < 1):
-        raise RecipeError(f"PPLCNet: expected dropout in [0, 1), got {dropout!r}; PaddleClas trains with 0.2")
-    if len(stride_list) != len(STRIDES) or any(stride not in (1, 2) for stride in stride_list):
+def _check_strides(strides: Sequence[int]) -> None:
+    if len(strides) != len(STRIDES) or any(stride not in (1, 2) for stride in strides):
         raise RecipeError(
-            f"PPLCNet: expected stride_list of {len(STRIDES)} strides, 1 or 2 each, got {list(stride_list)!r}"
+            f"PPLCNet: expected stride_list of {len(STRIDES)} strides, 1 or 2 each, got {list(strides)!r}"
         )
 
 

@@ -8,15 +8,15 @@ shape is torchvision's, with the stride on the 3x3 convolution; the weights carr
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import paddle
 from paddle import nn
 from paddle.nn import functional as F
 
-from ssld.errors import RecipeError
-from ssld.train.convolution import Conv2D
 from ssld.train.linear import Linear
-from ssld.train.normalization import BatchNorm, ConvNorm
+
+from .layers import check_classes, conv_norm  # noqa: TID251
 
 GROUPS = 32
 STEM_WIDTH = 64
@@ -24,11 +24,7 @@ STAGE_WIDTHS = (256, 512, 1024, 2048)
 DEPTHS = (3, 4, 23, 3)
 
 
-def _conv_bn(width_in: int, width: int, kernel: int, stride: int = 1, groups: int = 1, relu: bool = True) -> nn.Layer:
-    conv = Conv2D(width_in, width, kernel, stride, padding=kernel // 2, groups=groups, bias_attr=False)
-    # not BatchNorm2D: the same numbers, but paddle 3.3.1 warns at every step of training
-    bn = BatchNorm(width, momentum=0.9, epsilon=1e-5)
-    return ConvNorm(("_conv", conv), ("_bn", bn), *([("_act", nn.ReLU())] if relu else []))
+_conv_bn = partial(conv_norm, names=("_conv", "_bn"))
 
 
 class Block(nn.Layer):
@@ -39,12 +35,12 @@ class Block(nn.Layer):
 
     def __init__(self, width_in: int, inner: int, width: int, stride: int) -> None:
         super().__init__()
-        self._conv0 = _conv_bn(width_in, inner, 1)
-        self._conv1 = _conv_bn(inner, inner, 3, stride, GROUPS)
-        self._conv2 = _conv_bn(inner, width, 1, relu=False)
+        self._conv0 = _conv_bn(width_in, inner, 1, act=nn.ReLU)
+        self._conv1 = _conv_bn(inner, inner, 3, stride, GROUPS, nn.ReLU)
+        self._conv2 = _conv_bn(inner, width, 1)
         projected = width_in != width or stride != 1
         # PaddleClas wraps the projection once more
-        short = [("_conv", _conv_bn(width_in, width, 1, stride, relu=False))] if projected else []
+        short = [("_conv", _conv_bn(width_in, width, 1, stride))] if projected else []
         self._short = nn.Sequential(*short)
 
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
@@ -66,9 +62,8 @@ class ResNeXtWsl(nn.Layer):
 
     def __init__(self, group_width: int, num_classes: int, depths: Sequence[int] = DEPTHS) -> None:
         super().__init__()
-        if not (isinstance(num_classes, int) and num_classes >= 1):
-            raise RecipeError(f"ResNeXt_wsl: expected num_classes of at least 1, got {num_classes!r}")
-        self._conv_stem = _conv_bn(3, STEM_WIDTH, 7, 2)
+        check_classes("ResNeXt_wsl", num_classes)
+        self._conv_stem = _conv_bn(3, STEM_WIDTH, 7, 2, act=nn.ReLU)
         self._max_pool = nn.MaxPool2D(3, 2, 1)
         self._order = self._add_blocks(group_width, depths)
         self._avg_pool = nn.AdaptiveAvgPool2D(1)
