@@ -19,16 +19,13 @@ import numpy as np
 from ssld.data.facts import changed, text
 from ssld.data.samples import digest
 from ssld.errors import DataError, OutputError, StorageError
-from ssld.files import sweep_old, write_atomic
+from ssld.files import ABANDONED, sweep_old, write_atomic
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 SIDECAR = "shards.index"
 """The file beside the shards that holds the index of them all."""
 NO_LABEL, BAD_LABEL = -1, -2
 """Stand in the label column for a sample without a .cls member, and for one that is not a whole number >= 0."""
-
-ABANDONED = 3600.0
-"""Seconds after which an index that is being written belongs to nobody: writing one takes well under a second."""
 
 _MAGIC = b"ssld index 1\n"
 _RULES = 2
