@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 from ssld.errors import Interrupted
 
-UNTAKEN: dict[signal.Signals, Callable[[int, FrameType | None], object] | signal.Handlers] = {
+Handler = Callable[[int, FrameType | None], object]
+UNTAKEN: dict[signal.Signals, Handler | signal.Handlers] = {
     signal.SIGTERM: signal.SIG_DFL,
     signal.SIGINT: signal.default_int_handler,
     signal.SIGHUP: signal.SIG_DFL,
@@ -28,23 +30,15 @@ class Stop:
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Remember the first signal; a second one acts as it would without us, at once."""
-        if not _may_handle():
-            yield
-            return
+        old = _handlers()
 
-        def remember(number: int, frame: object) -> None:
+        def remember(number: int, frame: FrameType | None) -> None:
             self.number = number
             for other, handler in old.items():
                 signal.signal(other, UNTAKEN[other] if handler is _interrupt else handler)
 
-        # under nohup the end of the terminal is none of ours
-        heard = [number for number in ASKED if signal.getsignal(number) != signal.SIG_IGN]
-        old = {number: signal.signal(number, remember) for number in heard}
-        try:
+        with _replaced(old, remember):
             yield
-        finally:
-            for number, handler in old.items():
-                signal.signal(number, handler)
 
     def check(self, where: str) -> None:
         """Raise Interrupted, with the shell's exit code for the signal, when one came. where: what was reached."""
@@ -58,17 +52,13 @@ def interrupting() -> Iterator[None]:
 
     Inside of another one this only takes the signal to be that error earlier.
     """
-    taken = [number for number in ASKED if _may_handle() and signal.getsignal(number) == UNTAKEN[number]]
-    for number in taken:
-        signal.signal(number, _interrupt)
-    try:
-        yield
-    except _Came as came:
-        name = signal.Signals(came.number).name
-        raise Interrupted(f"stopped by {name}; nothing that was saved is lost", 128 + came.number) from came
-    finally:
-        for number in taken:
-            signal.signal(number, UNTAKEN[number])
+    untaken = {number: handler for number, handler in _handlers().items() if handler == UNTAKEN[number]}
+    with _replaced(untaken, _interrupt):
+        try:
+            yield
+        except _Came as came:
+            name = signal.Signals(came.number).name
+            raise Interrupted(f"stopped by {name}; nothing that was saved is lost", 128 + came.number) from came
 
 
 class _Came(KeyboardInterrupt):
@@ -110,20 +100,35 @@ def importing() -> Iterator[None]:
     def remember(number: int, frame: FrameType | None) -> None:
         came.append(number)
 
+    # a thread that was there before hears a signal all the same
     with held():
-        # a thread that was there before hears a signal all the same
-        heard = [number for number in ASKED if _may_handle() and signal.getsignal(number) not in (signal.SIG_IGN, None)]
-        handlers = {number: signal.signal(number, remember) for number in heard}
         try:
-            yield
+            # the handlers come back before the signals are let in
+            with _replaced(_handlers(), remember):
+                yield
         finally:
-            # before they are let in
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-            for arrived in came:
-                signal.raise_signal(arrived)
+            for number in came:
+                signal.raise_signal(number)
 
 
-def _may_handle() -> bool:
-    """Python lets only the main thread set handlers."""
-    return threading.current_thread() is threading.main_thread()
+def _handlers() -> dict[signal.Signals, Any]:
+    """The handler of each signal that asks to end, but for those that are ignored, as under nohup, or that C code has.
+
+    None in other threads: Python lets only the main thread set handlers.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    found = {number: signal.getsignal(number) for number in ASKED}
+    return {number: handler for number, handler in found.items() if handler not in (signal.SIG_IGN, None)}
+
+
+@contextmanager
+def _replaced(old: Mapping[signal.Signals, Any], handler: Handler) -> Iterator[None]:
+    """In here these signals have another handler."""
+    for number in old:
+        signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, before in old.items():
+            signal.signal(number, before)
